@@ -1,0 +1,197 @@
+"""The book's Sphinx extension: generated tables, and pages that ask nothing of the network.
+
+Directives: `chapter-table` (the landing page's table, from each chapter's front matter) and
+`chapter-times` (what each chapter costs, from the last execution).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxDirective
+
+from tools.chapters import (
+    MEMORY_BUDGET_MB,
+    STATE_FILE,
+    WALL_BUDGET_S,
+    Page,
+    describe_machine,
+    read_pages,
+    read_state,
+)
+
+MATHJAX_PARTS = (
+    "tex-chtml.js",
+    "output/chtml/fonts/woff-v2",
+    "input/tex/extensions",  # loaded when a formula first uses one, \cancel for instance
+)
+"""What a page needs of MathJax; the menu, SVG output and speech rules are left out."""
+
+
+class BookDirective(SphinxDirective):
+    """A directive that writes a table about the book's chapters."""
+
+    has_content = False
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds `_toc.yml`."""
+        return Path(self.env.srcdir)
+
+    def pages(self) -> list[Page]:
+        """Read the pages, and have Sphinx read this page again when one of them changes."""
+        pages = read_pages(self.root)
+        for page in pages:
+            if page.docname != self.env.docname:
+                self.env.note_dependency(str(page.path))
+        return pages
+
+    def link(self, page: Page) -> nodes.Node:
+        """Return a link to a page, resolved by Sphinx and reported when it is broken."""
+        reference = addnodes.pending_xref(
+            "",
+            nodes.inline("", page.title, classes=["std", "std-doc"]),
+            refdoc=self.env.docname,
+            refdomain="std",
+            reftype="doc",
+            reftarget=f"/{page.docname}",
+            refexplicit=True,
+            refwarn=True,
+        )
+        return nodes.paragraph("", "", reference)
+
+    @staticmethod
+    def table(header: list[str], rows: list[list[str | nodes.Node]], css: str) -> nodes.table:
+        """Return a table with one header row."""
+        group = nodes.tgroup(cols=len(header))
+        group += [nodes.colspec(colwidth=1) for _ in header]
+
+        def row(cells: list[Any]) -> nodes.row:
+            made = nodes.row()
+            for cell in cells:
+                content = cell if isinstance(cell, nodes.Node) else nodes.paragraph(text=cell)
+                made += nodes.entry("", content)
+            return made
+
+        group += nodes.thead("", row(list(header)))
+        group += nodes.tbody("", *[row(cells) for cells in rows])
+        return nodes.table("", group, classes=["colwidths-auto", css])
+
+
+class ChapterTable(BookDirective):
+    """The chapters, what each is about, and how many minutes it takes to work through."""
+
+    def run(self) -> list[nodes.Node]:
+        """Write the table."""
+        rows: list[list[str | nodes.Node]] = []
+        for page in self.pages():
+            if not page.is_chapter:
+                continue
+            missing = [name for name in ("description", "minutes") if name not in page.front_matter]
+            if missing:
+                raise self.error(f"{page.docname}: the front matter lacks {' and '.join(missing)}")
+            description = str(page.front_matter["description"])
+            rows.append([self.link(page), description, str(page.front_matter["minutes"])])
+        if not rows:
+            return [nodes.paragraph(text="This book has no chapters yet.")]
+        return [self.table(["Chapter", "What it is about", "Minutes"], rows, "chapter-table")]
+
+
+class ChapterTimes(BookDirective):
+    """Wall time and peak memory of each chapter, as measured when it was last executed."""
+
+    def run(self) -> list[nodes.Node]:
+        """Write the table, or say that nothing has been measured."""
+        self.env.note_dependency(str(self.root / STATE_FILE))
+        measured = read_state(self.root)["chapters"]
+        pages = [page for page in self.pages() if page.is_notebook]
+        if not any(page.docname in measured for page in pages):
+            text = "Nothing has been measured yet: build the book with make book."
+            return [nodes.paragraph(text=text)]
+        rows: list[list[str | nodes.Node]] = []
+        machines: dict[str, list[str]] = {}
+        for page in pages:
+            entry = measured.get(page.docname)
+            if entry is None:
+                rows.append([self.link(page), "not measured", "not measured", "unknown"])
+                continue
+            within = entry["wall_s"] <= WALL_BUDGET_S and entry["peak_mb"] <= MEMORY_BUDGET_MB
+            rows.append(
+                [
+                    self.link(page),
+                    f"{entry['wall_s']:.1f}",
+                    f"{entry['peak_mb']:.0f}",
+                    "yes" if within else "no",
+                ]
+            )
+            machines.setdefault(describe_machine(entry["machine"]), []).append(page.title)
+        budget = f"Within {WALL_BUDGET_S:.0f} s and {MEMORY_BUDGET_MB:.0f} MB"
+        header = ["Chapter", "Wall time (s)", "Peak memory (MB)", budget]
+        result: list[nodes.Node] = [self.table(header, rows, "chapter-times")]
+        for machine, titles in machines.items():
+            which = "" if len(machines) == 1 else f" ({', '.join(titles)})"
+            result.append(nodes.paragraph(text=f"Measured on {machine}{which}."))
+        return result
+
+
+def mathjax_folder() -> Path:
+    """Return where the installed package keeps MathJax."""
+    found = importlib.util.find_spec("sphinx-mathjax-offline")
+    if found is None or found.origin is None:
+        raise ExtensionError(
+            "MathJax is taken from the package sphinx-mathjax-offline, which is not installed: "
+            "install requirements.txt"
+        )
+    return Path(found.origin).parent / "static" / "mathjax"
+
+
+def use_own_mathjax(_app: Sphinx, config: Config) -> None:
+    """Point the pages at the book's own copy of MathJax."""
+    config.mathjax_path = "mathjax/tex-chtml.js"
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Copy what the pages need of MathJax into the built book."""
+    if error is not None or app.builder.format != "html":
+        return
+    source = mathjax_folder()
+    target = Path(app.outdir) / "_static" / "mathjax"
+    for part in MATHJAX_PARTS:
+        (target / part).parent.mkdir(parents=True, exist_ok=True)
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source / part, target / part)
+
+
+def disconnect_thebe(app: Sphinx) -> None:
+    """Take sphinx-thebe off the pages.
+
+    jupyter-book always loads it. Even when it is off it writes a script with the address of a
+    network copy into every page, twice, and the second copy is an error in the browser.
+    """
+    for listeners in app.events.listeners.values():
+        for listener in list(listeners):
+            if getattr(listener.handler, "__module__", "").startswith("sphinx_thebe"):
+                listeners.remove(listener)
+    app.registry.css_files = [
+        (name, options) for name, options in app.registry.css_files if "thebe" not in name
+    ]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.add_directive("chapter-table", ChapterTable)
+    app.add_directive("chapter-times", ChapterTimes)
+    app.connect("config-inited", use_own_mathjax)
+    app.connect("config-inited", lambda app, _config: disconnect_thebe(app))
+    app.connect("build-finished", copy_mathjax)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
