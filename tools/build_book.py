@@ -34,7 +34,7 @@ import nbformat
 import psutil
 from jupyter_book.config import get_final_config
 from jupyter_cache import get_cache
-from jupyter_cache.base import CacheBundleIn, JupyterCacheAbstract
+from jupyter_cache.base import CacheBundleIn
 from myst_nb.core.config import NbParserConfig
 from myst_nb.core.read import create_nb_reader
 from myst_parser.config.main import MdParserConfig
@@ -179,9 +179,7 @@ def execution_key(notebook: nbformat.NotebookNode, inputs_digest: str) -> str:
     Cell metadata belongs to it, because myst-nb takes a cell's metadata (its alt text, say)
     from the cached notebook; prose does not.
     """
-    cells = [
-        [cell.source, cell.metadata] for cell in notebook.cells if cell.cell_type == "code"
-    ]
+    cells = [[cell.source, cell.metadata] for cell in notebook.cells if cell.cell_type == "code"]
     settings = {
         name: notebook.metadata[name]
         for name in ("kernelspec", "mystnb")
@@ -339,7 +337,7 @@ def one_build_at_a_time(root: Path) -> Iterator[None]:
         yield
 
 
-def in_cache(cache: JupyterCacheAbstract, notebook: nbformat.NotebookNode) -> bool:
+def in_cache(cache: Any, notebook: nbformat.NotebookNode) -> bool:
     """Whether the cache holds this notebook, record and file both."""
     try:
         cache.get_cache_bundle(cache.match_cache_notebook(notebook).pk)
@@ -348,9 +346,7 @@ def in_cache(cache: JupyterCacheAbstract, notebook: nbformat.NotebookNode) -> bo
     return True
 
 
-def store(
-    cache: JupyterCacheAbstract, page: Page, execution: Execution, state: dict[str, Any]
-) -> str:
+def store(cache: Any, page: Page, execution: Execution, state: dict[str, Any]) -> str:
     """Put an executed chapter into the cache, drop its old record, and return its hash."""
     record = cache.cache_notebook_bundle(
         CacheBundleIn(
@@ -376,11 +372,11 @@ def forget_rendering(root: Path, docname: str) -> None:
     (root / DOCTREES / f"{docname}.doctree").unlink(missing_ok=True)
 
 
-def check_distinct(cache: JupyterCacheAbstract, notebooks: dict[str, Any]) -> None:
+def check_distinct(cache: Any, notebooks: dict[str, Any]) -> None:
     """Refuse two chapters with the same code cells: the cache could not tell them apart."""
     seen: dict[str, str] = {}
     for docname, notebook in notebooks.items():
-        _, key = cache.create_hashed_notebook(notebook)  # ty: ignore[unresolved-attribute]
+        _, key = cache.create_hashed_notebook(notebook)
         if key in seen:
             raise ChapterError(
                 f"{docname} and {seen[key]} have the same code cells, and the cache of outputs "

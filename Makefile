@@ -1,0 +1,66 @@
+# Two commands do all the set-up: `make book` and `make test`.
+# They need python3 (3.11 to 3.13) and make; another interpreter: make book PYTHON=python3.12
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help book test quick lint format lab pins clean
+
+help:
+	@echo "make book    build the book (the first run also sets up $(VENV)) and print the page to open"
+	@echo "make test    run every test, the book and browser tests included"
+	@echo "make quick   run the tests that need no training, book or browser"
+	@echo "make lint    check style and types"
+	@echo "make format  rewrite the code in the house's format"
+	@echo "make lab     open the chapters as live notebooks in JupyterLab"
+	@echo "make pins    resolve the pinned requirements anew (needs uv)"
+	@echo "make clean   remove what was built, keeping $(VENV)"
+
+$(STAMP): requirements.txt pyproject.toml
+	@command -v "$(PYTHON)" > /dev/null || { \
+	  echo "No $(PYTHON) found. amortlib needs Python 3.11, 3.12 or 3.13: make book PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "amortlib needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)." >&2; \
+	  echo "Name another one: make book PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { \
+	  echo "$(PYTHON) could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; \
+	  rm -rf $(VENV); exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade > /dev/null
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $(STAMP)
+
+book: $(STAMP)
+	@$(BIN)/python -m tools.build_book
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+quick: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ty check amortlib
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lab: $(STAMP)
+	@$(BIN)/jupytext-config set-default-viewer markdown
+	@$(BIN)/jupyter lab book
+
+pins: $(STAMP)
+	@$(BIN)/python -m tools.pins
+
+clean:
+	rm -rf _build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The book's kit: what chapters share and the package does not need."""
