@@ -25,7 +25,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -319,7 +319,7 @@ def write_state(root: Path, state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def one_build_at_a_time(root: Path) -> Iterator[None]:
+def one_build_at_a_time(root: Path) -> Generator[None]:
     """Hold the book's build lock, waiting for another build of the same folder to end."""
     try:
         import fcntl
