@@ -70,28 +70,33 @@ def read_page(root: Path, docname: str) -> Page:
     if not path.is_file():
         raise FileNotFoundError(f"_toc.yml names {docname}, but there is no file {path}")
     text = path.read_text(encoding="utf-8")
-    heading = re.search(r"^# +(.+?)\s*$", text, flags=re.MULTILINE)
+    body = re.sub(r"\A---\n.*?\n---\s*\n", "", text, flags=re.DOTALL)  # YAML comments look alike
+    heading = re.search(r"^# +(.+?)\s*$", body, flags=re.MULTILINE)
     title = heading.group(1) if heading else docname
     return Page(docname.removesuffix(".md"), path, front_matter(text, str(path)), title)
 
 
-def _toc_names(node: Any) -> Iterator[str]:
+def _names(node: Any) -> Iterator[str]:
     if isinstance(node, dict):
         for name in ("root", "file"):
             if name in node:
                 yield node[name]
         for value in node.values():
             if isinstance(value, dict | list):
-                yield from _toc_names(value)
+                yield from _names(value)
     elif isinstance(node, list):
         for item in node:
-            yield from _toc_names(item)
+            yield from _names(item)
+
+
+def toc_names(root: Path) -> list[str]:
+    """Return the names in `_toc.yml`, in order."""
+    return list(_names(yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))))
 
 
 def read_pages(root: Path) -> list[Page]:
     """Read every page that `_toc.yml` names, in the order of the table of contents."""
-    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    return [read_page(root, name) for name in _toc_names(toc)]
+    return [read_page(root, name) for name in toc_names(root)]
 
 
 def empty_state() -> dict[str, Any]:

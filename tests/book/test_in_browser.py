@@ -1,0 +1,166 @@
+"""Every page in a browser: offline, without errors, at phone and desktop width, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.chapters import toc_names
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = ROOT / "_build" / "screenshots"
+
+pytestmark = pytest.mark.slow
+
+NAMES = toc_names(ROOT)
+WIDTHS = (360, 1280)
+SCHEMES = ("light", "dark")
+
+SETTLED = """async () => {
+  await document.fonts.ready;
+  if (window.MathJax && window.MathJax.startup) await window.MathJax.startup.promise;
+}"""
+
+OPEN_EVERYTHING = """() => {
+  for (const admonition of document.querySelectorAll('.admonition.dropdown.toggle-hidden'))
+    admonition.querySelector('button.toggle-button').click();
+  for (const details of document.querySelectorAll('details')) details.open = true;
+}"""
+
+TOO_WIDE = """() => {
+  const width = document.documentElement.clientWidth;
+  const scrolls = (node) => {
+    for (let up = node; up && up !== document.body; up = up.parentElement)
+      if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(up).overflowX)) return true;
+    return false;
+  };
+  const wide = [...document.querySelectorAll('article *')].filter(
+    (node) => node.getBoundingClientRect().right > width + 1 && !scrolls(node));
+  return {page: document.documentElement.scrollWidth, width,
+          wide: wide.slice(0, 5).map((node) => node.outerHTML.slice(0, 120))};
+}"""
+
+
+class Watch:
+    """What a page asks for and complains of."""
+
+    def __init__(self, page: Any, own: str) -> None:
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self._request(request.url, own))
+        page.on("requestfailed", lambda request: self._note(f"failed: {request.url}"))
+        page.on("response", lambda response: self._response(response))
+        page.on("pageerror", lambda error: self._note(f"error: {error}"))
+        page.on("console", lambda message: self._console(message))
+
+    def _note(self, text: str) -> None:
+        self.complaints.append(text)
+
+    def _request(self, url: str, own: str) -> None:
+        if not url.startswith((own, "data:", "blob:")):
+            self._note(f"asks for {url}")
+
+    def _response(self, response: Any) -> None:
+        if response.status >= 400:
+            self._note(f"{response.status}: {response.url}")
+
+    def _console(self, message: Any) -> None:
+        if message.type in {"error", "warning"}:
+            self._note(f"console {message.type}: {message.text}")
+
+
+@pytest.fixture(params=["http", "file"])
+def base(request: pytest.FixtureRequest, html: Path) -> str:
+    """Where the book is read from."""
+    return request.getfixturevalue("site") if request.param == "http" else html.as_uri()
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tab(browser: Any, width: int, scheme: str) -> Iterator[Any]:
+    """A fresh tab with nothing stored."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=False
+    )
+    yield context.new_page()
+    context.close()
+
+
+@pytest.mark.parametrize("docname", [*NAMES, "genindex", "search"])
+def test_a_page_reads_well_and_asks_for_nothing(
+    tab: Any, base: str, docname: str, width: int, scheme: str
+) -> None:
+    watch = Watch(tab, base)
+    tab.goto(f"{base}/{docname}.html", wait_until="load")
+    tab.evaluate(SETTLED)
+    tab.evaluate(OPEN_EVERYTHING)
+    tab.wait_for_timeout(300)
+    assert watch.complaints == []
+    assert tab.evaluate("document.documentElement.dataset.theme") == scheme
+    size = tab.evaluate(TOO_WIDE)
+    assert size["page"] <= size["width"], f"the page scrolls sideways: {size}"
+    assert size["wide"] == []
+    if base.startswith("http"):
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        name = f"{docname.replace('/', '-')}-{width}-{scheme}.png"
+        tab.screenshot(path=SCREENSHOTS / name, full_page=True)
+
+
+@pytest.mark.parametrize("docname", NAMES)
+def test_mathematics_is_set(tab: Any, base: str, docname: str, width: int, scheme: str) -> None:
+    if (width, scheme) != (WIDTHS[0], SCHEMES[0]):
+        return
+    tab.goto(f"{base}/{docname}.html", wait_until="load")
+    tab.evaluate(SETTLED)
+    counts = tab.evaluate(
+        "[document.querySelectorAll('article .math').length,"
+        " document.querySelectorAll('article .math mjx-container').length,"
+        " document.querySelectorAll('mjx-merror, [data-mjx-error]').length]"
+    )
+    formulas, containers, errors = counts
+    assert errors == 0
+    assert containers >= formulas
+    if formulas:
+        font = "[...document.fonts].some(f => f.family.startsWith('MJX') && f.status === 'loaded')"
+        assert tab.evaluate(font), "the fonts of the formulas were not loaded"
+
+
+def test_a_figure_is_not_dimmed_in_dark_mode(browser: Any, site: str) -> None:
+    context = browser.new_context(color_scheme="dark")
+    page = context.new_page()
+    seen = 0
+    for docname in NAMES:
+        page.goto(f"{site}/{docname}.html", wait_until="load")
+        for filter_ in page.evaluate(
+            "[...document.querySelectorAll('article .cell_output img')]"
+            ".map((image) => getComputedStyle(image).filter)"
+        ):
+            assert filter_ == "none", docname
+            seen += 1
+    context.close()
+    assert seen
+
+
+def test_one_search_box_and_it_finds(browser: Any, site: str) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto(f"{site}/{NAMES[0]}.html", wait_until="load")
+    visible = page.evaluate(
+        "[...document.querySelectorAll('.search-button__button, .search-button')]"
+        ".filter((button) => button.offsetParent !== null).length"
+    )
+    assert visible == 1
+    page.goto(f"{site}/search.html?q=posterior", wait_until="load")
+    page.wait_for_selector("#search-results li a", timeout=10_000)
+    context.close()
