@@ -159,7 +159,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Book:
     (root / "amortlib").mkdir()
     (root / "amortlib" / "__init__.py").write_text("VALUE = 1\n")
     shutil.copy(ROOT / "_config.yml", root)
-    shutil.copy(ROOT / "book" / "assets" / "book.css", root / "book" / "assets")
+    shutil.copytree(ROOT / "book" / "assets", root / "book" / "assets", dirs_exist_ok=True)
     toc = "format: jb-book\nroot: book/index\nchapters:\n- file: book/one\n- file: book/two\n"
     (root / "_toc.yml").write_text(toc)
     (root / "book" / "references.bib").write_text("")
