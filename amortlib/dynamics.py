@@ -1,0 +1,174 @@
+"""Dynamics M: the Ornstein-Uhlenbeck process and Lorenz-63, integrated by diffrax."""
+
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import ArrayLike, Float
+
+from amortlib.gaussian import Gaussian, GaussMarkov
+from amortlib.types import Array, Key
+
+__all__ = ["Lorenz63", "OrnsteinUhlenbeck", "climatology", "trajectory"]
+
+
+class OrnsteinUhlenbeck(eqx.Module):
+    """The stationary process dx = -(x / timescale) dt + sd sqrt(2 / timescale) dW.
+
+    The one Gaussian process that is both stationary and Markov (Doob 1942): its covariance at a
+    lag s is sd^2 exp(-|s| / timescale) and its precision on any grid is tridiagonal.
+
+    Attributes:
+        sd: stationary standard deviation, in the units of the state.
+        timescale: e-folding time, in the units of time.
+    """
+
+    sd: Float[Array, ""]
+    timescale: Float[Array, ""]
+
+    def __init__(self, sd: ArrayLike = 1.0, timescale: ArrayLike = 1.0):
+        self.sd = jnp.asarray(sd, float)
+        self.timescale = jnp.asarray(timescale, float)
+
+    def vector_field(self, t: ArrayLike, x: Float[Array, " d"], args: None) -> Float[Array, " d"]:
+        """Drift, -x / timescale."""
+        return -x / self.timescale
+
+    def diffusion(self, t: ArrayLike, x: Float[Array, " d"], args: None) -> Float[Array, " d"]:
+        """Diffusion coefficient, sd sqrt(2 / timescale), one independent noise a component."""
+        return jnp.full_like(x, self.sd * jnp.sqrt(2.0 / self.timescale))
+
+    def transition(self, dt: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+        """Exact step over `dt`: x(t + dt) | x(t) has mean `a` x(t) and variance `q`; gives (a, q)."""
+        a = jnp.exp(-dt / self.timescale)
+        return a, -(self.sd**2) * jnp.expm1(-2.0 * dt / self.timescale)
+
+    def prior(self, times: Float[Array, " n"], loc: ArrayLike = 0.0) -> GaussMarkov:
+        """Stationary density of the path on a grid of increasing times, O(n).
+
+        Args:
+            times: the grid, increasing.
+            loc: mean of the path, a number or shape `(n,)`.
+        """
+        a, q = self.transition(jnp.diff(times))
+        # log p(x_1) + sum log p(x_{i+1} | x_i), term by term: each factor of the Markov chain adds
+        # (x_{i+1} - a x_i)^2 / q to the quadratic form.
+        diag = jnp.concatenate([self.sd[None] ** -2, 1.0 / q])
+        diag = diag.at[:-1].add(a**2 / q)
+        lower = -a / q
+        mean = jnp.broadcast_to(jnp.asarray(loc, diag.dtype), times.shape)
+        return GaussMarkov.from_precision(mean, diag[:, None, None], lower[:, None, None])
+
+
+class Lorenz63(eqx.Module):
+    """The three-variable convection model of Lorenz (1963), J. Atmos. Sci. 20, equations 25-27.
+
+    Attributes:
+        sigma: Prandtl number.
+        rho: Rayleigh number over its critical value.
+        beta: geometric factor.
+    """
+
+    sigma: Float[Array, ""]
+    rho: Float[Array, ""]
+    beta: Float[Array, ""]
+
+    def __init__(self, sigma: ArrayLike = 10.0, rho: ArrayLike = 28.0, beta: ArrayLike = 8.0 / 3.0):
+        self.sigma = jnp.asarray(sigma, float)
+        self.rho = jnp.asarray(rho, float)
+        self.beta = jnp.asarray(beta, float)
+
+    def vector_field(self, t: ArrayLike, x: Float[Array, "3"], args: None) -> Float[Array, "3"]:
+        """dx/dt."""
+        a, b, c = x
+        return jnp.stack([self.sigma * (b - a), a * (self.rho - c) - b, a * b - self.beta * c])
+
+
+def trajectory(
+    dynamics: Any,
+    x0: Float[Array, " d"],
+    times: Float[Array, " n"],
+    *,
+    dt: float,
+    key: Key | None = None,
+    solver: dfx.AbstractSolver | None = None,
+    adjoint: dfx.AbstractAdjoint | None = None,
+    max_steps: int | None = 4096,
+) -> Float[Array, "n d"]:
+    """Integrate from `x0` at `times[0]` and return the state at `times`.
+
+    Args:
+        dynamics: has `vector_field(t, x, args)` and, for a stochastic one, `diffusion`.
+        x0: initial state.
+        times: increasing; the first is the time of `x0`.
+        dt: internal step, in the units of time. Fixed, so that the derivative is that of the
+            discrete model, as variational assimilation needs.
+        key: draws the Brownian path; needed where the dynamics has a `diffusion`, and only there.
+        solver: by default classical Tsit5 for ODEs and Euler-Maruyama for SDEs.
+        adjoint: how to differentiate; by default diffrax's own choice, reverse mode with
+            checkpoints. Pass `diffrax.ForwardMode()` for Jacobian-vector products and
+            `diffrax.DirectAdjoint()` for both.
+        max_steps: bound on the internal steps, which reverse mode needs; `None` for long runs
+            that nobody differentiates.
+
+    Raises:
+        ValueError: where a key is missing for stochastic dynamics, or given without need.
+    """
+    noisy = hasattr(dynamics, "diffusion")
+    if noisy and key is None:
+        raise ValueError(f"expected a key: {type(dynamics).__name__} is stochastic")
+    if not noisy and key is not None:
+        raise ValueError(f"got a key, but {type(dynamics).__name__} is deterministic")
+    drift = dfx.ODETerm(dynamics.vector_field)
+    terms = drift
+    if noisy:
+        shape = jax.ShapeDtypeStruct(x0.shape, x0.dtype)
+        path = dfx.VirtualBrownianTree(times[0], times[-1], dt / 2, shape, key)
+
+        def noise(t, x, args):
+            return lx.DiagonalLinearOperator(dynamics.diffusion(t, x, args))
+
+        terms = dfx.MultiTerm(drift, dfx.ControlTerm(noise, path))
+    if solver is None:
+        solver = dfx.Euler() if noisy else dfx.Tsit5()
+    solution = dfx.diffeqsolve(
+        terms,
+        solver,
+        t0=times[0],
+        t1=times[-1],
+        dt0=dt,
+        y0=x0,
+        saveat=dfx.SaveAt(ts=times),
+        stepsize_controller=dfx.ConstantStepSize(),
+        adjoint=dfx.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
+        max_steps=max_steps,
+    )
+    return solution.ys
+
+
+def climatology(
+    dynamics: Any,
+    x0: Float[Array, " d"],
+    *,
+    every: float,
+    n: int,
+    dt: float,
+    spin_up: float,
+) -> tuple[Gaussian, Float[Array, "n d"]]:
+    """Mean and covariance of a long run on the attractor, and the states they are made from.
+
+    Args:
+        dynamics: deterministic dynamics.
+        x0: where the run starts, before the spin-up.
+        every: time between the states kept; longer than the decorrelation time, so that they
+            count as nearly independent.
+        n: how many states are kept.
+        dt: internal step.
+        spin_up: time run and thrown away first.
+    """
+    times = jnp.concatenate([jnp.zeros(1), spin_up + every * jnp.arange(n)])
+    states = trajectory(dynamics, x0, times, dt=dt, max_steps=None)[1:]
+    return Gaussian.from_covariance(states.mean(0), jnp.cov(states.T)), states

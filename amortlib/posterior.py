@@ -1,0 +1,121 @@
+"""The amortized posterior: an encoder and a head, asked about one event or about many."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Float
+
+from amortlib.encoders import AbstractEncoder, FlatEncoder, SiteEncoder
+from amortlib.gaussian import AbstractDistribution, GaussMarkov
+from amortlib.heads.base import AbstractHead
+from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
+from amortlib.types import Array, Event, InvalidEventError, Key
+
+__all__ = ["AmortizedPosterior", "regression_posterior"]
+
+
+class AmortizedPosterior(eqx.Module):
+    """q(x | y, m): call it with an event, and it returns the distribution over the state.
+
+    Every method takes one event; `jax.vmap` (or `eqx.filter_vmap`) makes it many. Methods are
+    jittable, and compile once for a shape, whatever the mask.
+
+    Attributes:
+        encoder: event -> context.
+        head: context -> distribution.
+    """
+
+    encoder: AbstractEncoder
+    head: AbstractHead
+
+    def __call__(self, event: Event) -> AbstractDistribution:
+        """The posterior of one event.
+
+        Raises:
+            InvalidEventError: where the event's shape is not the one this posterior was made for.
+        """
+        expected = self.encoder.obs_shape
+        if expected is not None and event.y.shape != expected:
+            raise InvalidEventError(
+                f"expected an event of shape {expected}, got {event.y.shape}; "
+                "map a batch of events with jax.vmap"
+            )
+        if event.mask.shape != event.y.shape:
+            raise InvalidEventError(
+                f"expected a mask of the shape of y, {event.y.shape}, got {event.mask.shape}"
+            )
+        if self.encoder.uses_sd and event.sd is None:
+            raise InvalidEventError(
+                "expected an event with its observation-error sd, got sd=None: "
+                "this posterior was trained on error bars that differ between events"
+            )
+        return self.head(self.encoder(event))
+
+    def sample(self, event: Event, n: int, *, key: Key) -> Float[Array, "n d"]:
+        """`n` independent draws from q(. | event)."""
+        if n < 1:
+            raise ValueError(f"expected at least one sample, got n={n}")
+        return self(event).sample(n, key=key)
+
+    def log_prob(self, x: Float[Array, " d"], event: Event) -> Float[Array, ""]:
+        """log q(x | event)."""
+        return self(event).log_prob(x)
+
+    def mode(self, event: Event) -> Float[Array, " d"]:
+        """The most likely state."""
+        return self(event).mode()
+
+    def mean(self, event: Event) -> Float[Array, " d"]:
+        """Mean of q."""
+        return self(event).mean()
+
+    def covariance(self, event: Event) -> Float[Array, "d d"]:
+        """Covariance of q, dense."""
+        return self(event).covariance()
+
+    def sd(self, event: Event) -> Float[Array, " d"]:
+        """Standard deviation of each component."""
+        return self(event).sd()
+
+    def mode_jacobian(self, event: Event) -> Float[Array, "d *obs"]:
+        """d mode / dy: how the answer moves with each observation; zero at masked entries."""
+        return jax.jacfwd(lambda y: self.mode(Event(y, event.mask, event.sd)))(event.y)
+
+
+def regression_posterior(
+    kind: str,
+    *,
+    key: Key,
+    prior: GaussMarkov,
+    obs_shape: tuple[int, ...] | None = None,
+    uses_sd: bool = False,
+    **sizes: Any,
+) -> AmortizedPosterior:
+    """A Gaussian posterior with the encoder that suits it.
+
+    Args:
+        kind: `"information"`, the default choice for a state on a grid; `"cholesky"`, the plain
+            baseline with a full covariance; `"diagonal"`, the lesson.
+        key: initialises the weights.
+        prior: background density of the state.
+        obs_shape: shape of `y`; by default one observation a site.
+        uses_sd: whether error bars differ between events and are read.
+        sizes: passed on to the encoder (`features`, `width`, `depth`, `radius`).
+
+    Raises:
+        ValueError: on another kind.
+    """
+    k_encoder, k_head = jax.random.split(key)
+    shape = (prior.shape[0],) if obs_shape is None else tuple(obs_shape)
+    if kind == "information":
+        encoder = SiteEncoder(key=k_encoder, uses_sd=uses_sd, **sizes)
+        return AmortizedPosterior(encoder, InformationHead(encoder.size, prior, key=k_head))
+    heads = {"cholesky": CholeskyHead, "diagonal": DiagonalHead}
+    if kind not in heads:
+        raise ValueError(f"expected kind 'information', 'cholesky' or 'diagonal', got {kind!r}")
+    flat = FlatEncoder(shape, key=k_encoder, uses_sd=uses_sd, **sizes)
+    head = heads[kind](
+        int(flat.mlp.out_size), prior.loc.size, key=k_head, centre=prior.loc, scale=prior.sd()
+    )
+    return AmortizedPosterior(flat, head)

@@ -1,0 +1,194 @@
+"""An inverse problem is a prior, a forward model and a noise, and a pattern of gaps over them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
+
+from amortlib.dynamics import OrnsteinUhlenbeck
+from amortlib.gaussian import AbstractDistribution, GaussMarkov
+from amortlib.observation import (
+    AbstractGaps,
+    ContiguousGaps,
+    GaussianNoise,
+    VaryingGaussianNoise,
+)
+from amortlib.types import Array, Event, Key
+
+__all__ = ["InvalidProblemError", "InverseProblem", "ornstein_uhlenbeck", "simulate_pair"]
+
+
+class InvalidProblemError(ValueError):
+    """One of a user's functions does not fit: the message names it, and the key that shows it."""
+
+
+def simulate_pair(
+    key: Key,
+    prior_sample: Callable[[Key], Array],
+    forward: Callable[[Array], Array],
+    obs_noise: Callable[[Key, Array], Array],
+) -> tuple[Array, Array]:
+    """Draw one pair (x, y) from the joint density p(x) p(y | x).
+
+    Args:
+        key: random key; split between the state and the noise.
+        prior_sample: key -> state x, shape `(d,)`.
+        forward: x -> H(M(x)), what would be seen without noise, any shape.
+        obs_noise: key and H(M(x)) -> y, the noisy observation. It is given the clean value, and
+            not only its shape, so that noise may depend on it.
+
+    Returns:
+        x and y. Every pair is an independent draw, so y says of x just what the posterior says.
+    """
+    k_state, k_noise = jax.random.split(key)
+    x = prior_sample(k_state)
+    return x, obs_noise(k_noise, forward(x))
+
+
+class InverseProblem(eqx.Module):
+    """Three functions and a gap pattern: all that is asked of a user.
+
+    Attributes:
+        prior_sample: key -> x, shape `(d,)`.
+        forward: x -> clean observations.
+        obs_noise: key, clean observations -> y. A `VaryingGaussianNoise` draws a level for every
+            event and writes it into the event's `sd`; a `GaussianNoise` writes its own.
+        gaps: key, shape -> mask.
+        prior: the density that `prior_sample` draws from, where it is known in closed form.
+            Solvers and exact answers need it, heads do not.
+    """
+
+    prior_sample: Callable[[Key], Array]
+    forward: Callable[[Array], Array]
+    obs_noise: Any
+    gaps: Callable[[Key, tuple[int, ...]], Array]
+    prior: AbstractDistribution | None = None
+
+    def simulate(self, key: Key) -> tuple[Array, Event]:
+        """One state and one event seen of it."""
+        k_pair, k_level, k_mask = jax.random.split(key, 3)
+        noise = self.obs_noise
+        if isinstance(noise, VaryingGaussianNoise):
+            noise = noise.draw(k_level)
+        x, y = simulate_pair(k_pair, self.prior_sample, self.forward, noise)
+        sd = jnp.broadcast_to(noise.sd, y.shape) if isinstance(noise, GaussianNoise) else None
+        return x, Event(y, self.gaps(k_mask, y.shape), sd)
+
+    def batch(self, key: Key, n: int) -> tuple[Array, Event]:
+        """`n` independent pairs, stacked on a leading axis. Fresh key, fresh minibatch."""
+        return jax.vmap(self.simulate)(jax.random.split(key, n))
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of x and of y, found without running anything."""
+        x, event = jax.eval_shape(self.simulate, jax.random.key(0))
+        return x.shape, event.y.shape
+
+    def check(self, key: Key, n: int = 64) -> None:
+        """Draw `n` pairs and look at them, before hours are spent on training with them.
+
+        Raises:
+            InvalidProblemError: on a function that returns a wrong shape or type, or values that
+                are not finite; the message names the function and the key that made them.
+        """
+        keys = jax.random.split(key, n)
+        x = _call("prior_sample", lambda: jax.eval_shape(self.prior_sample, keys[0]))
+        if not isinstance(x, jax.ShapeDtypeStruct) or len(x.shape) != 1:
+            raise InvalidProblemError(
+                f"expected prior_sample(key) to return one array of shape (d,), got {x}"
+            )
+        y = _call("forward", lambda: jax.eval_shape(self.forward, x))
+        if not isinstance(y, jax.ShapeDtypeStruct) or len(y.shape) == 0 or 0 in y.shape:
+            raise InvalidProblemError(
+                f"expected forward(x) to return one array with at least one entry, got {y}"
+            )
+        noise = self.obs_noise
+        if isinstance(noise, VaryingGaussianNoise):
+            noise = noise.draw(keys[0])
+        noisy = _call("obs_noise", lambda: jax.eval_shape(noise, keys[0], y))
+        if not isinstance(noisy, jax.ShapeDtypeStruct) or noisy.shape != y.shape:
+            raise InvalidProblemError(
+                f"expected obs_noise(key, clean) to keep the shape {y.shape}, got {noisy}"
+            )
+        mask = _call("gaps", lambda: jax.eval_shape(lambda k: self.gaps(k, y.shape), keys[0]))
+        if mask.shape != y.shape or mask.dtype != jnp.bool_:
+            raise InvalidProblemError(
+                f"expected gaps(key, shape) to return booleans of shape {y.shape}, got {mask}"
+            )
+        states, events = jax.vmap(self.simulate)(keys)
+        clean = jax.vmap(self.forward)(states)
+        for name, values in (
+            ("prior_sample", states),
+            ("forward", clean),
+            ("obs_noise", events.y),
+        ):
+            finite = np.isfinite(np.asarray(values)).reshape(n, -1).all(axis=1)
+            if not finite.all():
+                bad = int(np.argmin(finite))
+                data = np.asarray(keys[bad]) if keys.dtype == jnp.uint32 else None
+                shown = np.asarray(jax.random.key_data(keys[bad])) if data is None else data
+                raise InvalidProblemError(
+                    f"{name} returned values that are not finite in {int((~finite).sum())} of "
+                    f"{n} draws; the first was made by simulate with the key {shown.tolist()}"
+                )
+
+
+def _call(name: str, run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except Exception as err:
+        raise InvalidProblemError(
+            f"{name} raised {type(err).__name__} when called as documented: {err}"
+        ) from err
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+class _DrawOne(eqx.Module):
+    density: AbstractDistribution
+
+    def __call__(self, key: Key) -> Array:
+        return self.density.sample(1, key=key)[0]
+
+
+def ornstein_uhlenbeck(
+    n: int = 32,
+    *,
+    dt: float = 1.0,
+    timescale: float = 8.0,
+    sd: float = 1.0,
+    noise: float | tuple[float, float] = 0.3,
+    gaps: AbstractGaps | None = None,
+    loc: ArrayLike = 0.0,
+) -> InverseProblem:
+    """A path of an Ornstein-Uhlenbeck process on a grid, every value seen with noise, but for gaps.
+
+    Its posterior is known exactly (`amortlib.gaussian.condition`), which makes it the problem on
+    which a head is held to the truth.
+
+    Args:
+        n: number of times, which is the dimension of the state.
+        dt: time step.
+        timescale: e-folding time of the process.
+        sd: its stationary standard deviation.
+        noise: standard deviation of the observation error, or a pair (low, high) to draw it
+            log-uniformly for every event.
+        gaps: by default up to three contiguous gaps that miss any share from none to all.
+        loc: background mean x_b, a number or shape `(n,)`.
+    """
+    prior: GaussMarkov = OrnsteinUhlenbeck(sd, timescale).prior(dt * jnp.arange(n), loc)
+    errors = VaryingGaussianNoise(*noise) if isinstance(noise, tuple) else GaussianNoise(noise)
+    return InverseProblem(
+        prior_sample=_DrawOne(prior),
+        forward=_identity,
+        obs_noise=VaryingGaussianNoise(*noise)
+        if isinstance(noise, tuple)
+        else GaussianNoise(noise),
+        gaps=ContiguousGaps(0.0, 1.0, max_gaps=3) if gaps is None else gaps,
+        prior=prior,
+    )

@@ -1,0 +1,126 @@
+"""Array aliases and the one record of an event: values, mask and, where known, error bars."""
+
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, Bool, Float, PRNGKeyArray, PyTree
+
+Key: TypeAlias = PRNGKeyArray
+Array: TypeAlias = jax.Array
+
+__all__ = ["Array", "Event", "InvalidEventError", "Key", "PyTree", "as_event"]
+
+
+class InvalidEventError(ValueError):
+    """An event that cannot be used: its message says what was expected and what came."""
+
+
+class Event(eqx.Module):
+    """One event: what was seen, where, and how well.
+
+    Built inside programs; data from outside comes in through [`as_event`][], which checks it.
+    A batch of events is an `Event` whose arrays have leading axes, as `jax.vmap` makes it.
+
+    Attributes:
+        y: observed values, any shape; entries where `mask` is false mean nothing.
+        mask: same shape, boolean, `True` = observed.
+        sd: same shape, observation-error standard deviation (the square root of the diagonal of
+            `R`) in the units of `y`, or `None` where it is the same for every event and known to
+            whoever uses the event.
+    """
+
+    y: Float[Array, "*obs"]
+    mask: Bool[Array, "*obs"]
+    sd: Float[Array, "*obs"] | None = None
+
+    @property
+    def values(self) -> Float[Array, "*obs"]:
+        """`y` with zeros at masked entries: the only form in which anything may read `y`.
+
+        A `where`, not a product: NaN times zero is NaN, and its derivative is too.
+        """
+        return jnp.where(self.mask, self.y, 0.0)
+
+    @property
+    def error_sd(self) -> Float[Array, "*obs"] | None:
+        """`sd` with ones at masked entries, so that it can be divided by; `None` stays `None`."""
+        return None if self.sd is None else jnp.where(self.mask, self.sd, 1.0)
+
+
+def _first(where: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(where)[0])
+
+
+def as_event(
+    y: ArrayLike,
+    mask: Any | None = None,
+    sd: ArrayLike | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+) -> Event:
+    """Check data from outside and make an `Event` of it.
+
+    Args:
+        y: observed values. NaN at masked entries is data as people have it, and is accepted.
+        mask: boolean, the shape of `y`, `True` = observed. `None` takes the entries of `y`
+            that are not NaN as observed.
+        sd: observation-error standard deviation, a number or the shape of `y`.
+        shape: the shape that a model expects, where there is one to check against.
+
+    Raises:
+        InvalidEventError: on an empty event, a wrong shape, a mask of another shape or that is
+            not boolean, a value that is not finite at an observed entry, an `sd` that is not
+            positive at an observed entry.
+    """
+    try:
+        values = np.asarray(y, dtype=np.promote_types(np.asarray(y).dtype, np.float32))
+    except (TypeError, ValueError) as err:
+        raise InvalidEventError(f"expected numbers in y, got {type(y).__name__}: {err}") from err
+    if not np.issubdtype(values.dtype, np.floating):
+        raise InvalidEventError(f"expected real numbers in y, got dtype {values.dtype}")
+    if values.size == 0:
+        raise InvalidEventError(
+            f"expected at least one entry in y, got an empty event of shape {values.shape}; "
+            "an event in which nothing was seen has entries, all of them masked"
+        )
+    if shape is not None and values.shape != tuple(shape):
+        raise InvalidEventError(f"expected y of shape {tuple(shape)}, got {values.shape}")
+
+    seen = ~np.isnan(values) if mask is None else np.asarray(mask)
+    if seen.dtype != np.bool_:
+        raise InvalidEventError(
+            f"expected a boolean mask (True = observed), got dtype {seen.dtype}; "
+            "write mask.astype(bool) if ones mean observed"
+        )
+    if seen.shape != values.shape:
+        raise InvalidEventError(
+            f"expected a mask of the shape of y, {values.shape}, got {seen.shape}"
+        )
+    bad = seen & ~np.isfinite(values)
+    if bad.any():
+        at = _first(bad)
+        raise InvalidEventError(
+            f"expected finite values at observed entries, got {values[at]} at index {at} "
+            f"({int(bad.sum())} such entries); mask them if they were not observed"
+        )
+    if sd is None:
+        spread = None
+    else:
+        given = np.asarray(sd, dtype=values.dtype)
+        if given.shape not in ((), values.shape):
+            raise InvalidEventError(
+                f"expected sd to be a number or of the shape of y, {values.shape}, "
+                f"got {given.shape}"
+            )
+        full = np.broadcast_to(given, values.shape)
+        wrong = seen & ~(np.isfinite(full) & (full > 0))
+        if wrong.any():
+            at = _first(wrong)
+            raise InvalidEventError(
+                f"expected a positive, finite sd at observed entries, got {full[at]} at index {at}"
+            )
+        spread = jnp.asarray(np.where(seen, full, 1.0))
+    return Event(jnp.asarray(np.where(seen, values, 0.0)), jnp.asarray(seen), spread)
