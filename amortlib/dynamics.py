@@ -42,7 +42,7 @@ class OrnsteinUhlenbeck(eqx.Module):
         return jnp.full_like(x, self.sd * jnp.sqrt(2.0 / self.timescale))
 
     def transition(self, dt: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-        """Exact step over `dt`: x(t + dt) | x(t) has mean `a` x(t) and variance `q`; gives (a, q)."""
+        """Exact step over `dt`: mean `a` x(t) and variance `q` of x(t + dt); returns (a, q)."""
         a = jnp.exp(-dt / self.timescale)
         return a, -(self.sd**2) * jnp.expm1(-2.0 * dt / self.timescale)
 

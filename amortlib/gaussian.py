@@ -162,7 +162,7 @@ class GaussMarkov(AbstractDistribution):
     def from_precision(
         cls, loc: Float[Array, " d"], diag: Float[Array, "n b b"], lower: Float[Array, "m b b"]
     ) -> "GaussMarkov":
-        """From the mean and the blocks of the precision, P_ii = `diag[i]`, P_{i+1,i} = `lower[i]`."""
+        """From the mean and the precision's blocks, P_ii = `diag[i]`, P_{i+1,i} = `lower[i]`."""
         factor, off = _factorise(diag, lower)
         return cls(loc, factor, off)
 

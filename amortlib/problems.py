@@ -186,9 +186,7 @@ def ornstein_uhlenbeck(
     return InverseProblem(
         prior_sample=_DrawOne(prior),
         forward=_identity,
-        obs_noise=VaryingGaussianNoise(*noise)
-        if isinstance(noise, tuple)
-        else GaussianNoise(noise),
+        obs_noise=errors,
         gaps=ContiguousGaps(0.0, 1.0, max_gaps=3) if gaps is None else gaps,
         prior=prior,
     )
