@@ -212,9 +212,8 @@ def fit(
                     key=jax.random.fold_in(key, bad),
                     model=eqx.combine(state.params, static),
                 )
-            state = _advance(
-                state, params, opt_state, losses, validate, validation is not None, every
-            )
+            check = validate if validation is not None else None
+            state = _advance(state, params, opt_state, losses, check, every)
             if checkpoint is not None:
                 save(checkpoint, state, settings=run_settings)
             shown = losses.mean() if validation is None else state.validation[start // every]
