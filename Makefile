@@ -55,6 +55,8 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# JupyterLab's settings for this book stay in $(VENV), apart from the user's own.
+lab: export JUPYTER_CONFIG_DIR := $(CURDIR)/$(VENV)/jupyter
 lab: $(STAMP)
 	@$(BIN)/jupytext-config set-default-viewer markdown
 	@$(BIN)/jupyter lab book
