@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 Key: TypeAlias = PRNGKeyArray
 Array: TypeAlias = jax.Array
@@ -50,14 +50,31 @@ class Event(eqx.Module):
         return None if self.sd is None else jnp.where(self.mask, self.sd, 1.0)
 
 
+def _numbers(name: str, given: Any) -> np.ndarray:
+    """Real floating-point numbers in the precision that jax will hold them in."""
+    try:
+        raw = np.asarray(given)
+        if np.issubdtype(raw.dtype, np.number) or raw.dtype == np.bool_:
+            dtype = jax.dtypes.canonicalize_dtype(np.promote_types(raw.dtype, np.float32))
+            with np.errstate(over="ignore"):
+                raw = raw.astype(dtype)
+    except (TypeError, ValueError) as err:
+        raise InvalidEventError(
+            f"expected numbers in {name}, got {type(given).__name__}: {err}"
+        ) from err
+    if not np.issubdtype(raw.dtype, np.floating):
+        raise InvalidEventError(f"expected real numbers in {name}, got dtype {raw.dtype}")
+    return raw
+
+
 def _first(where: np.ndarray) -> tuple[int, ...]:
     return tuple(int(i) for i in np.argwhere(where)[0])
 
 
 def as_event(
-    y: ArrayLike,
+    y: Any,
     mask: Any | None = None,
-    sd: ArrayLike | None = None,
+    sd: Any | None = None,
     *,
     shape: tuple[int, ...] | None = None,
 ) -> Event:
@@ -66,7 +83,8 @@ def as_event(
     Args:
         y: observed values. NaN at masked entries is data as people have it, and is accepted.
         mask: boolean, the shape of `y`, `True` = observed. `None` takes the entries of `y`
-            that are not NaN as observed.
+            that are not NaN as observed. Entries masked in a numpy masked array are not
+            observed, whatever `mask` says.
         sd: observation-error standard deviation, a number or the shape of `y`.
         shape: the shape that a model expects, where there is one to check against.
 
@@ -75,12 +93,7 @@ def as_event(
             not boolean, a value that is not finite at an observed entry, an `sd` that is not
             positive at an observed entry.
     """
-    try:
-        values = np.asarray(y, dtype=np.promote_types(np.asarray(y).dtype, np.float32))
-    except (TypeError, ValueError) as err:
-        raise InvalidEventError(f"expected numbers in y, got {type(y).__name__}: {err}") from err
-    if not np.issubdtype(values.dtype, np.floating):
-        raise InvalidEventError(f"expected real numbers in y, got dtype {values.dtype}")
+    values = _numbers("y", y)
     if values.size == 0:
         raise InvalidEventError(
             f"expected at least one entry in y, got an empty event of shape {values.shape}; "
@@ -89,7 +102,8 @@ def as_event(
     if shape is not None and values.shape != tuple(shape):
         raise InvalidEventError(f"expected y of shape {tuple(shape)}, got {values.shape}")
 
-    seen = ~np.isnan(values) if mask is None else np.asarray(mask)
+    hidden = np.ma.getmaskarray(y) if isinstance(y, np.ma.MaskedArray) else False
+    seen = ~(np.isnan(values) | hidden) if mask is None else np.asarray(mask)
     if seen.dtype != np.bool_:
         raise InvalidEventError(
             f"expected a boolean mask (True = observed), got dtype {seen.dtype}; "
@@ -99,6 +113,7 @@ def as_event(
         raise InvalidEventError(
             f"expected a mask of the shape of y, {values.shape}, got {seen.shape}"
         )
+    seen = seen & ~np.asarray(hidden)
     bad = seen & ~np.isfinite(values)
     if bad.any():
         at = _first(bad)
@@ -109,7 +124,7 @@ def as_event(
     if sd is None:
         spread = None
     else:
-        given = np.asarray(sd, dtype=values.dtype)
+        given = _numbers("sd", sd).astype(values.dtype)
         if given.shape not in ((), values.shape):
             raise InvalidEventError(
                 f"expected sd to be a number or of the shape of y, {values.shape}, "
