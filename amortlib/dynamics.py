@@ -92,7 +92,7 @@ def trajectory(
     x0: Float[Array, " d"],
     times: Float[Array, " n"],
     *,
-    dt: float,
+    dt: ArrayLike,
     key: Key | None = None,
     solver: dfx.AbstractSolver | None = None,
     adjoint: dfx.AbstractAdjoint | None = None,

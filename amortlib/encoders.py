@@ -144,7 +144,7 @@ class SiteEncoder(AbstractEncoder):
         self.radius = radius
         channels = 3 if uses_sd else 2
         self.mlp = eqx.nn.MLP(
-            channels * (2 * radius + 1), features, width, depth, jnp.tanh, jnp.tanh, key=key
+            channels * (2 * radius + 1), features, width, depth, jax.nn.gelu, key=key
         )
 
     @property

@@ -58,7 +58,7 @@ class Energy(eqx.Module):
         if sd is None:
             if self.obs_sd is None:
                 raise ValueError("expected an event with its sd, or an Energy with obs_sd")
-            sd = jnp.broadcast_to(jnp.asarray(self.obs_sd, event.y.dtype), event.y.shape)
+            sd = jnp.where(event.mask, jnp.asarray(self.obs_sd, event.y.dtype), 1.0)
         return sd
 
     def innovation(self, x: Float[Array, " d"], event: Event) -> Float[Array, "*obs"]:
@@ -93,7 +93,7 @@ class GibbsPosterior(eqx.Module):
     """
 
     energy: Energy
-    temperature: float = 1.0
+    temperature: float | Array = 1.0
 
     def __check_init__(self):
         if isinstance(self.temperature, (int, float)) and not self.temperature > 0:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, Bool, Float
 
 from amortlib.types import Array, Key
@@ -53,14 +54,28 @@ class Select(eqx.Module):
         components: indices into the last axis.
         stride: steps between observations.
         start: first observed step.
+
+    Raises:
+        ValueError: where a component is not there: jax would read its nearest neighbour instead.
     """
 
     components: tuple[int, ...] = eqx.field(static=True)
     stride: int = eqx.field(static=True, default=1)
     start: int = eqx.field(static=True, default=0)
 
+    def __check_init__(self):
+        if not self.components:
+            raise ValueError("expected at least one component to observe, got none")
+        if self.stride < 1 or self.start < 0:
+            raise ValueError(
+                f"expected stride >= 1 and start >= 0, got {self.stride}, {self.start}"
+            )
+
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "m p"]:
         """Apply to one trajectory."""
+        d = x.shape[-1]
+        if not all(-d <= component < d for component in self.components):
+            raise ValueError(f"expected components of a state of {d}, got {self.components}")
         return x[self.start :: self.stride, jnp.asarray(self.components)]
 
 
@@ -260,14 +275,19 @@ class MixedGaps(AbstractGaps):
     patterns: tuple[AbstractGaps, ...]
     weights: Float[Array, " k"]
 
-    def __init__(self, patterns: Sequence[AbstractGaps], weights: ArrayLike | None = None):
+    def __init__(
+        self, patterns: Sequence[AbstractGaps], weights: Sequence[float] | ArrayLike | None = None
+    ):
         self.patterns = tuple(patterns)
         if not self.patterns:
             raise ValueError("expected at least one gap pattern, got none")
         size = len(self.patterns)
-        self.weights = jnp.ones(size) if weights is None else jnp.asarray(weights, float)
-        if self.weights.shape != (size,):
-            raise ValueError(f"expected {size} weights, got shape {self.weights.shape}")
+        given = np.ones(size) if weights is None else np.asarray(weights, float)
+        if given.shape != (size,):
+            raise ValueError(f"expected {size} weights, got shape {given.shape}")
+        if not (np.isfinite(given).all() and (given >= 0).all() and given.sum() > 0):
+            raise ValueError(f"expected weights >= 0, at least one of them positive, got {given}")
+        self.weights = jnp.asarray(given / given.sum(), float)
 
     def times(self, key: Key, n: int) -> Bool[Array, " n"]:
         """One mask over `n` times."""

@@ -114,7 +114,11 @@ class InverseProblem(eqx.Module):
                 f"expected obs_noise(key, clean) to keep the shape {y.shape}, got {noisy}"
             )
         mask = _call("gaps", lambda: jax.eval_shape(lambda k: self.gaps(k, y.shape), keys[0]))
-        if mask.shape != y.shape or mask.dtype != jnp.bool_:
+        if (
+            not isinstance(mask, jax.ShapeDtypeStruct)
+            or mask.shape != y.shape
+            or mask.dtype != jnp.bool_
+        ):
             raise InvalidProblemError(
                 f"expected gaps(key, shape) to return booleans of shape {y.shape}, got {mask}"
             )
@@ -128,11 +132,11 @@ class InverseProblem(eqx.Module):
             finite = np.isfinite(np.asarray(values)).reshape(n, -1).all(axis=1)
             if not finite.all():
                 bad = int(np.argmin(finite))
-                data = np.asarray(keys[bad]) if keys.dtype == jnp.uint32 else None
-                shown = np.asarray(jax.random.key_data(keys[bad])) if data is None else data
+                words = keys[bad] if keys.dtype == jnp.uint32 else jax.random.key_data(keys[bad])
                 raise InvalidProblemError(
                     f"{name} returned values that are not finite in {int((~finite).sum())} of "
-                    f"{n} draws; the first was made by simulate with the key {shown.tolist()}"
+                    f"{n} draws; the first was made by simulate with the key "
+                    f"{np.asarray(words).tolist()}"
                 )
 
 

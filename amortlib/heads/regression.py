@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import ArrayLike, Float, Int
 
 from amortlib.encoders import SiteContext
@@ -17,6 +18,10 @@ from amortlib.heads.base import AbstractHead, Fixed
 from amortlib.types import Array, Key
 
 __all__ = ["CholeskyHead", "DiagonalHead", "InformationHead"]
+
+
+_LOG_GAIN_BOUND = 10.0
+"""Bound on the log of a message's gain, in units of the state: e^10 is 22,000 to one."""
 
 
 def _small(linear: eqx.nn.Linear, factor: float) -> eqx.nn.Linear:
@@ -74,10 +79,15 @@ class DiagonalHead(_Standardised):
 
 
 class CholeskyHead(_Standardised):
-    """Mean and every entry of the Cholesky factor of the covariance: d (d + 3) / 2 numbers.
+    """Mean and every entry of a triangular factor of the precision: d (d + 3) / 2 numbers.
 
     The honest baseline for a full covariance. Needs no knowledge of the state's structure, and
     pays for it: the number of outputs grows as d^2, and each must be learned for every gap.
+
+    The factor is that of the precision, P = U U^T with U upper triangular, and not of the
+    covariance: the log-likelihood is then a square and a sum of logarithms, where a factor of the
+    covariance has to be inverted in it, and training blows up on its way (Dorta et al. 2018,
+    *Structured uncertainty prediction networks*, section 4.1).
     """
 
     linear: eqx.nn.Linear
@@ -101,10 +111,11 @@ class CholeskyHead(_Standardised):
     def __call__(self, context: Float[Array, " features"]) -> Gaussian:
         """The Gaussian for one context."""
         centre, scale = self._units()
-        loc, log_diag, below = jnp.split(self.linear(context), [self.dim, 2 * self.dim])
-        rows, cols = jnp.tril_indices(self.dim, -1)
-        chol = jnp.diag(jnp.exp(log_diag)).at[rows, cols].set(below)
-        return Gaussian(centre + scale * loc, scale[:, None] * chol)
+        loc, log_diag, above = jnp.split(self.linear(context), [self.dim, 2 * self.dim])
+        rows, cols = jnp.triu_indices(self.dim, 1)
+        upper = jnp.diag(jnp.exp(log_diag)).at[rows, cols].set(above)
+        inverse = solve_triangular(upper, jnp.eye(self.dim, dtype=upper.dtype), lower=False)
+        return Gaussian(centre + scale * loc, scale[:, None] * inverse.T)
 
 
 class InformationHead(AbstractHead):
@@ -177,7 +188,11 @@ class InformationHead(AbstractHead):
     def messages(self, context: SiteContext) -> tuple[Float[Array, "t b r"], Float[Array, "t r"]]:
         """C_t and v_t of each observation, zero at masked ones."""
         block = self.prior.tree.shape[1]
-        gain = jnp.exp(jax.vmap(self.gain)(context.features))
+        # Bounded smoothly, so that a value far outside training cannot claim infinite precision.
+        log_gain = _LOG_GAIN_BOUND * jnp.tanh(
+            jax.vmap(self.gain)(context.features) / _LOG_GAIN_BOUND
+        )
+        gain = jnp.exp(log_gain)
         shape = (-1, block, self.rank)
         factor = jax.vmap(self.direction)(context.features).reshape(shape) * gain[:, None, :]
         value = jax.vmap(self.value)(context.features) * gain

@@ -1,0 +1,40 @@
+"""Heads that pages load instead of training: how each is built, made, and read back.
+
+Weights are made by `python -m benchmarks.make_weights`, which records what they reach.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from amortlib.export import build_and_load
+from amortlib.posterior import AmortizedPosterior, regression_posterior
+from amortlib.problems import InverseProblem, ornstein_uhlenbeck
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+OU_FILE = WEIGHTS / "ou_information.safetensors"
+OU_NOISE = (0.1, 1.0)
+"""Standard deviations of the observation error that the head was trained for."""
+
+
+def ou_problem(n: int = 32, timescale: float = 8.0) -> InverseProblem:
+    """An Ornstein-Uhlenbeck path, with error bars that differ from event to event."""
+    return ornstein_uhlenbeck(n, timescale=timescale, noise=OU_NOISE)
+
+
+def build_ou(n: int = 32, timescale: float = 8.0, **_: Any) -> AmortizedPosterior:
+    """The untrained head that the file's settings describe."""
+    prior = ou_problem(n, timescale).prior
+    return regression_posterior("information", key=jax.random.key(0), prior=prior, uses_sd=True)
+
+
+def load_ou_head() -> tuple[AmortizedPosterior, InverseProblem]:
+    """The trained head and its problem.
+
+    Raises:
+        amortlib.CheckpointError: where the file is missing or damaged, with what to do.
+    """
+    return build_and_load(OU_FILE, build_ou), ou_problem()
