@@ -122,8 +122,9 @@ class InverseProblem(eqx.Module):
             raise InvalidProblemError(
                 f"expected gaps(key, shape) to return booleans of shape {y.shape}, got {mask}"
             )
-        states, events = jax.vmap(self.simulate)(keys)
-        clean = jax.vmap(self.forward)(states)
+        # One compiled program: run eagerly, every primitive would be compiled by itself.
+        states, events = eqx.filter_jit(jax.vmap(self.simulate))(keys)
+        clean = eqx.filter_jit(jax.vmap(self.forward))(states)
         for name, values in (
             ("prior_sample", states),
             ("forward", clean),

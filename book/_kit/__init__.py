@@ -1,1 +1,18 @@
-"""The book's kit: what chapters share and the package does not need."""
+"""What the chapters share: the figure style, drawings, live widgets, and heads to load.
+
+A chapter has to fit into about one gigabyte on Binder, and most of that goes into compilation.
+XLA's newer code generator for CPUs takes about 0.3 GB more than the older one for a chapter that
+trains a head, and buys no speed there. Importing the kit, before anything is computed, chooses
+the older one. An unknown flag would end the process, so that the choice is made only for the
+versions of jaxlib that are known to have it.
+"""
+
+import importlib.metadata
+import os
+
+_FLAG = "--xla_cpu_use_fusion_emitters"
+
+if importlib.metadata.version("jaxlib").startswith("0.9."):
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if _FLAG not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} {_FLAG}=false".strip()
