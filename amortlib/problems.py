@@ -123,8 +123,8 @@ class InverseProblem(eqx.Module):
                 f"expected gaps(key, shape) to return booleans of shape {y.shape}, got {mask}"
             )
         # One compiled program: run eagerly, every primitive would be compiled by itself.
-        states, events = eqx.filter_jit(jax.vmap(self.simulate))(keys)
-        clean = eqx.filter_jit(jax.vmap(self.forward))(states)
+        states, events = jax.jit(jax.vmap(self.simulate))(keys)
+        clean = jax.jit(jax.vmap(self.forward))(states)
         for name, values in (
             ("prior_sample", states),
             ("forward", clean),
