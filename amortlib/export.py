@@ -2,14 +2,15 @@
 
 A file is in the safetensors format: named arrays behind a JSON header. The header's metadata
 holds the version of this format, the settings that the model was built from, and a SHA-256 digest
-of the arrays, so that a damaged file is found out and never half-used. Files are written beside
-their place and moved into it: a reader sees the old file or the new one.
+of the whole file, so that a damaged file is found out and never half-used. Files are written
+beside their place and moved into it: a reader sees the old file or the new one.
 """
 
 import hashlib
+import inspect
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,10 @@ __all__ = ["FORMAT_VERSION", "CheckpointError", "build_and_load", "load", "read_
 
 FORMAT_VERSION = 1
 _MAGIC = "amortlib"
+_TYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64"),
+)
 _Tree = TypeVar("_Tree")
 
 
@@ -49,13 +54,21 @@ def _to_numpy(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        total.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()
+# Stands where the digest goes while the digest is computed: it covers every byte of the file but
+# its own. Quotes inside a header's strings are escaped, so this is found in one place only.
+_SEAL = b'"sha256":"%s"'
+_UNSEALED = _SEAL % (b"0" * 64)
+
+
+def _sealed(data: bytes) -> bytes:
+    return data.replace(_UNSEALED, _SEAL % hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _is_whole(data: bytes, digest: Any) -> bool:
+    if not isinstance(digest, str) or not digest.isascii():
+        return False
+    seal = _SEAL % digest.encode()
+    return seal in data and _sealed(data.replace(seal, _UNSEALED, 1)) == data
 
 
 def save(path: str | os.PathLike, tree: PyTree, *, settings: dict[str, Any] | None = None) -> None:
@@ -68,7 +81,8 @@ def save(path: str | os.PathLike, tree: PyTree, *, settings: dict[str, Any] | No
         settings: what the model was built from, as JSON can hold it; see [`build_and_load`][].
 
     Raises:
-        CheckpointError: where `settings` is not JSON.
+        CheckpointError: where `settings` is not JSON, or an array is of a type that the format
+            cannot give back (bfloat16, complex128).
         OSError: where the file cannot be written; nothing is left behind.
     """
     names, leaves, _ = _named(eqx.filter(tree, eqx.is_array))
@@ -77,33 +91,39 @@ def save(path: str | os.PathLike, tree: PyTree, *, settings: dict[str, Any] | No
         name: np.array(_to_numpy(leaf), order="C")
         for name, leaf in zip(names, leaves, strict=True)
     }
+    for name, array in arrays.items():
+        if array.dtype.name not in _TYPES:
+            raise CheckpointError(f"expected {name} to be one of {_TYPES}, got {array.dtype}")
     try:
         text = json.dumps({} if settings is None else settings, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as err:
+    except (TypeError, ValueError, RecursionError) as err:
         raise CheckpointError(f"expected settings that JSON can hold: {err}") from err
     header = {
         "format": _MAGIC,
         "version": str(FORMAT_VERSION),
         "settings": text,
-        "sha256": _digest(arrays),
+        "sha256": "0" * 64,
     }
+    data = _sealed(_write_tensors(arrays, metadata=header))
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_write_tensors(arrays, metadata=header))
+        # Not `tempfile`, whose files nobody but their owner may read: these follow the umask.
+        with open(temporary, "xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and settings of a file, once every byte of it has been checked."""
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError as err:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
         raise CheckpointError(f"expected a checkpoint at {path}, found no file") from err
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
@@ -114,7 +134,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str
     try:
         header = json.loads(data[8 : 8 + length])
         metadata = header.get("__metadata__", {})
-    except (ValueError, AttributeError) as err:
+    except (ValueError, AttributeError, RecursionError) as err:
         raise CheckpointError(f"{path}: the header is not readable; is it a checkpoint?") from err
     if not isinstance(metadata, dict) or metadata.get("format") != _MAGIC:
         raise CheckpointError(f"{path}: expected a file written by amortlib.save")
@@ -123,13 +143,14 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str
             f"{path}: expected format version {FORMAT_VERSION}, got {metadata.get('version')}; "
             "load it with the release that wrote it and save it again"
         )
+    if not _is_whole(data, metadata.get("sha256")):
+        raise CheckpointError(
+            f"{path}: the file is damaged or cut short: it does not match its digest"
+        )
     try:
-        arrays = _read_tensors(data)
+        return _read_tensors(data), json.loads(metadata["settings"])
     except (SafetensorError, ValueError, KeyError) as err:
-        raise CheckpointError(f"{path}: the file is damaged or cut short: {err}") from err
-    if _digest(arrays) != metadata.get("sha256"):
-        raise CheckpointError(f"{path}: the file is damaged: its arrays do not match its digest")
-    return arrays, metadata
+        raise CheckpointError(f"{path}: the file was not written whole: {err}") from err
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
@@ -138,10 +159,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         CheckpointError: where the file is missing, damaged, or of another version.
     """
-    try:
-        return json.loads(_read(path)[1].get("settings", "{}"))
-    except ValueError as err:
-        raise CheckpointError(f"{path}: the settings in the header are damaged") from err
+    return _read(path)[1]
 
 
 def load(path: str | os.PathLike, like: _Tree) -> _Tree:
@@ -176,7 +194,7 @@ def load(path: str | os.PathLike, like: _Tree) -> _Tree:
             impl = jax.random.key_impl(leaf)
             loaded.append(jax.random.wrap_key_data(jnp.asarray(array), impl=impl))
         elif isinstance(leaf, np.ndarray):
-            loaded.append(array)
+            loaded.append(array.copy())  # the bytes of the file cannot be written to
         else:
             loaded.append(jnp.asarray(array))
     return eqx.combine(jax.tree_util.tree_unflatten(treedef, loaded), static)
@@ -190,6 +208,14 @@ def build_and_load(path: str | os.PathLike, build: Callable[..., _Tree]) -> _Tre
         build: called as `build(**settings)`; it is yours, the file only says with what.
 
     Raises:
-        CheckpointError: as [`load`][].
+        CheckpointError: as [`load`][], and where `build` does not take these settings.
     """
-    return load(path, build(**read_settings(path)))
+    settings = read_settings(path)
+    try:
+        inspect.signature(build).bind(**settings)
+    except TypeError as err:
+        name = getattr(build, "__qualname__", repr(build))
+        raise CheckpointError(
+            f"{path}: expected {name} to take the settings {settings}: {err}"
+        ) from err
+    return load(path, build(**settings))
