@@ -78,6 +78,7 @@ class InverseProblem(eqx.Module):
         sd = jnp.broadcast_to(noise.sd, y.shape) if isinstance(noise, GaussianNoise) else None
         return x, Event(y, self.gaps(k_mask, y.shape), sd)
 
+    @eqx.filter_jit
     def batch(self, key: Key, n: int) -> tuple[Array, Event]:
         """`n` independent pairs, stacked on a leading axis. Fresh key, fresh minibatch."""
         return jax.vmap(self.simulate)(jax.random.split(key, n))

@@ -286,6 +286,9 @@ def execute(page: Page, notebook: nbformat.NotebookNode, root: Path) -> Executio
     except CellTimeoutError:
         reason = f"The cell ran for more than {CELL_TIMEOUT_S} seconds."
         raise failure(page, notebook, current, reason) from None
+    except nbformat.ValidationError as error:
+        reason = f"The cell's output is not one that a notebook can hold: {error.message[:300]}"
+        raise failure(page, notebook, current, reason) from None
     except DeadKernelError:
         reason = "The kernel died; most often that means that memory ran out."
         raise failure(page, notebook, current, reason) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
@@ -151,7 +152,7 @@ class GapExplorer(ipw.VBox):
         # Beside the live view, the picture as it stands: what a page without a kernel can show.
         bundle = super()._repr_mimebundle_(**kwargs)
         data = dict(bundle[0] if isinstance(bundle, tuple) else bundle)
-        data["image/png"] = self.image.value
+        data["image/png"] = base64.b64encode(self.image.value).decode("ascii")
         return data
 
 
