@@ -30,12 +30,13 @@ Objective = Callable[[Any, Any, Key], Array]
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss stopped being finite.
+    """The loss, or the parameters that a step left, stopped being finite.
 
     Attributes:
-        step: the first step whose loss is not finite, counted from 0.
+        step: the first step whose loss is not finite, counted from 0; where every loss was
+            finite and the parameters are not, the last step of the chunk.
         key: the key of that step, which draws the batch that did it.
-        model: the model as it was at the last point where every loss was finite.
+        model: the model as it was at the last point where all was finite.
     """
 
     def __init__(self, message: str, *, step: int, key: Key, model: eqx.Module):
@@ -128,8 +129,8 @@ def fit(
 
     Raises:
         ValueError: on settings that do not fit together.
-        TrainingDivergedError: as soon as a chunk holds a loss that is not finite. The checkpoint
-            still holds the last good state.
+        TrainingDivergedError: as soon as a chunk holds a loss that is not finite, or ends in
+            parameters that are not. The checkpoint still holds the last good state.
         CheckpointError: on resuming from a file that is damaged or of another run.
     """
     if steps < 1 or every < 1:
@@ -152,8 +153,11 @@ def fit(
         return (optax.apply_updates(params, updates), opt_state), loss
 
     @jax.jit
-    def run(carry: tuple[PyTree, PyTree], indices: Array) -> tuple[tuple[PyTree, PyTree], Array]:
-        return jax.lax.scan(one_step, carry, indices)
+    def run(
+        carry: tuple[PyTree, PyTree], indices: Array
+    ) -> tuple[tuple[PyTree, PyTree], Array, Array]:
+        after, losses = jax.lax.scan(one_step, carry, indices)
+        return after, losses, _went_bad(carry[0], after[0])
 
     @jax.jit
     def validate(params: PyTree) -> Array:
@@ -197,14 +201,17 @@ def fit(
                 break
             start = int(state.step)
             count = min(every, steps - start)
-            (params, opt_state), losses = run(
+            (params, opt_state), losses, bad_params = run(
                 (state.params, state.opt_state), jnp.arange(start, start + count)
             )
             losses = np.asarray(losses)
-            if not np.isfinite(losses).all():
-                bad = start + int(np.argmin(np.isfinite(losses)))
+            finite = np.isfinite(losses)
+            # The last update of a chunk is not in any of its losses: look at what it left.
+            if not finite.all() or bool(bad_params):
+                bad = start + (count - 1 if finite.all() else int(np.argmin(finite)))
+                what = "and the parameters it left not finite " if finite.all() else ""
                 raise TrainingDivergedError(
-                    f"the loss was {losses[bad - start]} at step {bad}, with the key "
+                    f"the loss was {losses[bad - start]} {what}at step {bad}, with the key "
                     f"{_key_words(jax.random.fold_in(key, bad))}; the model of step {start} is in "
                     "this error's `model`"
                     + ("" if checkpoint is None else f" and its state in {checkpoint}"),
@@ -234,6 +241,13 @@ def fit(
     )
 
 
+def _went_bad(before: PyTree, after: PyTree) -> Array:
+    """Whether anything that was finite is so no longer."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    bad = [jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b)) for a, b in pairs]
+    return jnp.any(jnp.array(bad, bool))
+
+
 def _advance(
     state: _State,
     params: PyTree,
@@ -253,7 +267,7 @@ def _advance(
         state.since_best,
     )
     if validate is not None:
-        value = validate(params)
+        value = validate(params).astype(best_loss.dtype)
         validation[start // every] = float(value)
         if value < best_loss:
             best, best_loss, best_step, since = params, value, jnp.asarray(end), jnp.asarray(0)
