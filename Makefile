@@ -49,11 +49,13 @@ quick: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m tools.format_chapters --check
 	@$(BIN)/ty check amortlib
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/python -m tools.format_chapters
 
 # JupyterLab's settings for this book stay in $(VENV), apart from the user's own.
 lab: export JUPYTER_CONFIG_DIR := $(CURDIR)/$(VENV)/jupyter

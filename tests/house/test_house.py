@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from tools.chapters import read_pages
+from tools.format_chapters import format_page, long_lines
+from tools.format_chapters import main as format_chapters
 from tools.no_outputs import complaint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,36 @@ def test_style_and_types(command: tuple[str, ...]) -> None:
         [str(program), *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_code_cells_are_formatted_and_fit_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert format_chapters(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_cell_is_formatted_and_its_options_are_kept() -> None:
+    page = """Prose  stays .
+
+````{solution-start} a
+````
+
+```{code-cell} ipython3
+---
+mystnb:
+  image:
+    alt: A  sentence.
+---
+x = {'a' :1}
+```
+
+```{code-cell} ipython3
+:tags: [remove-cell]
+
+f( 1 )
+```
+"""
+    wanted = page.replace("{'a' :1}", '{"a": 1}').replace("f( 1 )", "f(1)")
+    assert format_page(page) == wanted
+    assert long_lines(page.replace("f( 1 )", "f(" + "1" * 90 + ")")) == ["f(" + "1" * 90 + ")"]
 
 
 def test_no_import_star_anywhere() -> None:
