@@ -1,8 +1,8 @@
 """Amortized inference for data assimilation, on gappy observations.
 
 The package is read bottom up, in the order in which its modules may import each other:
-``types``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``, ``encoders``,
-``heads``, ``posterior``, ``objectives``, ``training``, ``export``.
+``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``,
+``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "amortlib"
 
 ORDER = [
     "types",
+    "export",
     "gaussian",
     "dynamics",
     "observation",
@@ -26,7 +27,6 @@ ORDER = [
     "training",
     "calibration",
     "guard",
-    "export",
 ]
 """A module may import only modules that stand before it (or belong to its own folder)."""
 
