@@ -84,7 +84,7 @@ class AmortizedPosterior(eqx.Module):
 
 
 def regression_posterior(
-    kind: str,
+    kind: str = "information",
     *,
     key: Key,
     prior: GaussMarkov,
@@ -95,8 +95,8 @@ def regression_posterior(
     """A Gaussian posterior with the encoder that suits it.
 
     Args:
-        kind: `"information"`, the default choice for a state on a grid; `"cholesky"`, the plain
-            baseline with a full covariance; `"diagonal"`, the lesson.
+        kind: `"information"`, for a state on a grid; `"cholesky"`, the plain baseline with a
+            full covariance; `"diagonal"`, the lesson.
         key: initialises the weights.
         prior: background density of the state.
         obs_shape: shape of `y`; by default one observation a site.
