@@ -23,11 +23,30 @@ __all__ = ["CholeskyHead", "DiagonalHead", "InformationHead"]
 _LOG_GAIN_BOUND = 10.0
 """Bound on the log of a message's gain, in units of the state: e^10 is 22,000 to one."""
 
+_FACTOR_BOUND = 2.0**15
+"""Bound on the entries of C, where a block is one number."""
+
+_VALUE_BOUND = 2.0**40
+"""Bound on v. Both are powers of two: below a thousandth of its bound a number is not changed."""
+
+
+def _bounded(x: Array, bound: float | Array) -> Array:
+    """`x` where it is small beside `bound`, and smoothly no larger than `bound` elsewhere."""
+    return bound * jnp.tanh(x / bound)
+
 
 def _small(linear: eqx.nn.Linear, factor: float) -> eqx.nn.Linear:
     """Shrink the weights and zero the bias: start near the centre, not at a random answer."""
     linear = eqx.tree_at(lambda lin: lin.weight, linear, linear.weight * factor)
     return eqx.tree_at(lambda lin: lin.bias, linear, jnp.zeros_like(linear.bias))
+
+
+def _sites(site: ArrayLike | None, n: int) -> Array:
+    """Where each observation's message goes; jax would drop one that goes nowhere."""
+    where = jnp.arange(n) if site is None else jnp.asarray(site)
+    if where.ndim != 1 or not bool(jnp.all((where >= 0) & (where < n))):
+        raise ValueError(f"expected sites from 0 to {n - 1}, shape (t,), got {where}")
+    return where
 
 
 class _Standardised(AbstractHead):
@@ -170,11 +189,8 @@ class InformationHead(AbstractHead):
         n, block = prior.shape
         if not 1 <= rank <= block:
             raise ValueError(f"expected a rank from 1 to the block size {block}, got {rank}")
-        where = jnp.arange(n) if site is None else jnp.asarray(site)
-        if where.ndim != 1 or not bool(jnp.all((where >= 0) & (where < n))):
-            raise ValueError(f"expected sites from 0 to {n - 1}, shape (t,), got {where}")
         self.prior = Fixed(prior)
-        self.site = Fixed(where)
+        self.site = Fixed(_sites(site, n))
         self.rank = rank
         k_gain, k_direction, k_value = jax.random.split(key, 3)
         self.gain = _small(eqx.nn.Linear(features, rank, key=k_gain), 0.1)
@@ -188,16 +204,26 @@ class InformationHead(AbstractHead):
     def messages(self, context: SiteContext) -> tuple[Float[Array, "t b r"], Float[Array, "t r"]]:
         """C_t and v_t of each observation, zero at masked ones."""
         block = self.prior.tree.shape[1]
-        # Bounded smoothly, so that a value far outside training cannot claim infinite precision.
-        log_gain = _LOG_GAIN_BOUND * jnp.tanh(
-            jax.vmap(self.gain)(context.features) / _LOG_GAIN_BOUND
-        )
+        # Bounded smoothly, so that a value far outside training cannot claim infinite precision,
+        # or overflow on its way to a claim.
+        log_gain = _bounded(jax.vmap(self.gain)(context.features), _LOG_GAIN_BOUND)
         gain = jnp.exp(log_gain)
         shape = (-1, block, self.rank)
         factor = jax.vmap(self.direction)(context.features).reshape(shape) * gain[:, None, :]
-        value = jax.vmap(self.value)(context.features) * gain
+        factor = _bounded(factor, self._factor_bound())
+        value = _bounded(jax.vmap(self.value)(context.features) * gain, _VALUE_BOUND)
         seen = context.mask[:, None]
         return jnp.where(seen[:, None], factor, 0.0), jnp.where(seen, value, 0.0)
+
+    def _factor_bound(self) -> Array:
+        block = self.prior.tree.shape[1]
+        if block == 1:
+            return jnp.asarray(_FACTOR_BOUND)
+        # Within a block, what one pseudo-observation says of two components cancels in the
+        # Cholesky factorisation, down to a pivot no smaller than the prior's. Were the rounding
+        # of C C^T larger than that pivot, the factor would be NaN.
+        pivot = jnp.diagonal(self.prior.value.diag, axis1=-2, axis2=-1)[self.site.value]
+        return pivot[:, :, None] / jnp.sqrt(16 * block * self.rank * jnp.finfo(pivot.dtype).eps)
 
     def __call__(self, context: SiteContext) -> GaussMarkov:
         """The Gaussian for one context."""
@@ -223,10 +249,13 @@ class InformationHead(AbstractHead):
 
         Right where the prior is of the same kind and the messages do not depend on it: the
         network was trained on short records, and this reads a long one in a single pass.
+
+        Raises:
+            ValueError: on blocks of another size, or a site that is not on the grid.
         """
         if prior.shape[1] != self.prior.tree.shape[1]:
             raise ValueError(
                 f"expected blocks of size {self.prior.tree.shape[1]}, got {prior.shape[1]}"
             )
-        where = jnp.arange(prior.shape[0]) if site is None else jnp.asarray(site)
-        return eqx.tree_at(lambda head: (head.prior, head.site), self, (Fixed(prior), Fixed(where)))
+        where = Fixed(_sites(site, prior.shape[0]))
+        return eqx.tree_at(lambda head: (head.prior, head.site), self, (Fixed(prior), where))
