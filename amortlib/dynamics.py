@@ -46,6 +46,7 @@ class OrnsteinUhlenbeck(eqx.Module):
         a = jnp.exp(-dt / self.timescale)
         return a, -(self.sd**2) * jnp.expm1(-2.0 * dt / self.timescale)
 
+    @eqx.filter_jit
     def prior(self, times: Float[Array, " n"], loc: ArrayLike = 0.0) -> GaussMarkov:
         """Stationary density of the path on a grid of increasing times, O(n).
 
