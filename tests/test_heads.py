@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from amortlib.encoders import FlatEncoder, SiteContext, SiteEncoder
-from amortlib.gaussian import GaussMarkov, condition
+from amortlib.gaussian import AbstractDistribution, GaussMarkov, condition
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
 from amortlib.objectives import nll
 from amortlib.posterior import AmortizedPosterior, regression_posterior
@@ -94,34 +94,38 @@ def made(name: str) -> tuple[AmortizedPosterior, Event]:
     return model, event_of(t)
 
 
+# The weights are arguments, so that other weights need no new program; and what is asked of a
+# density is compiled once for all that have the same form.
+ANSWER = eqx.filter_jit(lambda model, given: model(given))
+MOMENTS = jax.jit(lambda density: (density.mean(), density.sd(), density.covariance()))
+
+
+def ask(model: eqx.Module, given: Event | SiteContext) -> tuple[jax.Array, ...]:
+    """Mean, sd and covariance."""
+    return MOMENTS(ANSWER(model, given))
+
+
+@jax.jit
+def study(density: AbstractDistribution, points: jax.Array) -> dict[str, jax.Array]:
+    """All that a density says."""
+    return {
+        "mean": density.mean(),
+        "mode": density.mode(),
+        "slope": jax.grad(density.log_prob)(density.mode()),
+        "covariance": density.covariance(),
+        "sd": density.sd(),
+        "draws": density.sample(DRAWS, key=jax.random.key(3)),
+        "log_prob": jax.vmap(density.log_prob)(points),
+        "points": points,
+    }
+
+
 @cache
 def answers(name: str) -> dict[str, np.ndarray]:
-    """All that a posterior says of one event, from one compiled program."""
-    model, event = made(name)
-    d = jax.eval_shape(model.mean, event).shape[0]
-    points = jnp.asarray(np.random.default_rng(2).normal(size=(4, d)), jnp.float32)
-
-    @jax.jit
-    def run(event: Event) -> dict[str, jax.Array]:
-        density = model(event)
-        return {
-            "mean": density.mean(),
-            "mode": density.mode(),
-            "slope": jax.grad(density.log_prob)(density.mode()),
-            "covariance": density.covariance(),
-            "sd": density.sd(),
-            "draws": density.sample(DRAWS, key=jax.random.key(3)),
-            "log_prob": jax.vmap(density.log_prob)(points),
-        }
-
-    return {"points": np.asarray(points)} | jax.tree.map(np.asarray, run(event))
-
-
-@eqx.filter_jit
-def ask(model: eqx.Module, given: Event | SiteContext) -> tuple[jax.Array, ...]:
-    """Mean, sd and covariance; the weights are arguments, so that others need no new program."""
-    answer = model(given)
-    return answer.mean(), answer.sd(), answer.covariance()
+    """What a posterior says of one event."""
+    density = ANSWER(*made(name))
+    points = np.random.default_rng(2).normal(size=(4, density.loc.size))
+    return jax.tree.map(np.asarray, study(density, jnp.asarray(points, jnp.float32)))
 
 
 # --- every head -------------------------------------------------------------------------------
