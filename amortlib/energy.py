@@ -63,7 +63,13 @@ class Energy(eqx.Module):
 
     def innovation(self, x: Float[Array, " d"], event: Event) -> Float[Array, "*obs"]:
         """y - H(M(x)) at observed entries, zero at masked ones."""
-        return jnp.where(event.mask, event.values - self.forward(x), 0.0)
+        clean = self.forward(x)
+        if jnp.shape(clean) != event.y.shape:
+            raise ValueError(
+                f"expected forward(x) to have the shape of y, {event.y.shape}, "
+                f"got {jnp.shape(clean)}"
+            )
+        return jnp.where(event.mask, event.values - clean, 0.0)
 
     def terms(self, x: Float[Array, " d"], event: Event) -> EnergyTerms:
         """The background and observation parts of J."""
