@@ -1,0 +1,192 @@
+"""Encoders are blind to what lies under the mask, bit for bit, and see everything else."""
+
+from collections.abc import Callable
+from functools import cache
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amortlib.encoders import AbstractEncoder, FlatEncoder, SiteContext, SiteEncoder
+from amortlib.types import Event
+
+KEY = jax.random.key(0)
+T = 6
+SIZES = {"width": 8, "depth": 1, "features": 5}
+
+CASES: dict[str, Callable[[], AbstractEncoder]] = {
+    "flat": lambda: FlatEncoder((T,), key=KEY, **SIZES),
+    "flat, error bars": lambda: FlatEncoder((T,), key=KEY, uses_sd=True, **SIZES),
+    "flat, two axes": lambda: FlatEncoder((3, 2), key=KEY, uses_sd=True, **SIZES),
+    "site": lambda: SiteEncoder(key=KEY, **SIZES),
+    "site, error bars": lambda: SiteEncoder(key=KEY, uses_sd=True, **SIZES),
+    "site, neighbours": lambda: SiteEncoder(key=KEY, uses_sd=True, radius=2, **SIZES),
+}
+every_encoder = pytest.mark.parametrize("name", CASES)
+every_site_encoder = pytest.mark.parametrize("name", [n for n in CASES if n.startswith("site")])
+
+
+@cache
+def made(name: str) -> AbstractEncoder:
+    return CASES[name]()
+
+
+def event_of(name: str, seed: int, mask: np.ndarray | None = None, t: int = T) -> Event:
+    shape = made(name).obs_shape or (t,)
+    rng = np.random.default_rng(seed)
+    y, sd = rng.normal(size=shape), rng.uniform(0.2, 0.8, shape)
+    seen = rng.random(shape) < 0.5 if mask is None else mask.reshape(shape)
+    return Event(jnp.asarray(y, jnp.float32), jnp.asarray(seen), jnp.asarray(sd, jnp.float32))
+
+
+def numbers_of(context: jax.Array | SiteContext) -> jax.Array:
+    return context.features if isinstance(context, SiteContext) else context
+
+
+@cache
+def program(name: str) -> Callable[[Event], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The context, and its derivatives in y and in sd."""
+
+    @jax.jit
+    def run(event: Event) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def encode(y, sd):
+            return numbers_of(made(name)(Event(y, event.mask, sd)))
+
+        slopes = jax.jacrev(encode, argnums=(0, 1))(event.y, event.sd)
+        return encode(event.y, event.sd), *slopes
+
+    return run
+
+
+JUNK = st.sampled_from([np.nan, np.inf, -np.inf, -999.0, 0.0, 1e38, -1e-38])
+OTHER = st.one_of(JUNK, st.floats(-1e6, 1e6, width=32))
+
+
+# --- blind to gaps ----------------------------------------------------------------------------
+
+
+@every_encoder
+@given(
+    seed=st.integers(0, 1000),
+    mask=st.lists(st.booleans(), min_size=T, max_size=T).map(np.array),
+    under=st.lists(st.tuples(OTHER, OTHER), min_size=T, max_size=T).map(np.array),
+)
+def test_what_lies_under_the_mask_moves_nothing(name, seed, mask, under):
+    """Context and derivatives are the same bits; those by a masked entry are exactly zero."""
+    event = event_of(name, seed, mask)
+    y, sd = (jnp.asarray(column.reshape(event.y.shape), jnp.float32) for column in under.T)
+    changed = Event(
+        jnp.where(event.mask, event.y, y), event.mask, jnp.where(event.mask, event.sd, sd)
+    )
+    for got, want in zip(program(name)(changed), program(name)(event), strict=True):
+        assert np.isfinite(want).all()
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    for slope in program(name)(changed)[1:]:
+        assert not np.asarray(slope)[..., ~np.asarray(event.mask)].any()
+
+
+@every_encoder
+def test_what_was_observed_moves_the_context(name):
+    """Every observed value does, and every error bar where those are read."""
+    event = event_of(name, 0, np.arange(T) % 3 != 1)
+    _, by_y, by_sd = program(name)(event)
+    inner = tuple(range(by_y.ndim - event.y.ndim))
+    np.testing.assert_array_equal(np.abs(by_y).max(inner) > 1e-4, event.mask)
+    reads_sd = np.abs(by_sd).max(inner) > 1e-4
+    np.testing.assert_array_equal(reads_sd, event.mask & made(name).uses_sd)
+
+
+@every_encoder
+def test_a_zero_that_was_observed_is_not_a_gap(name):
+    seen = np.ones(T, bool)
+    gap = seen & (np.arange(T) != 2)
+    zero = event_of(name, 1, seen)
+    zero = Event(zero.y.reshape(-1).at[2].set(0.0).reshape(zero.y.shape), zero.mask, zero.sd)
+    missed = Event(zero.y, jnp.asarray(gap.reshape(zero.y.shape)), zero.sd)
+    context, other = program(name)(zero)[0], program(name)(missed)[0]
+    assert np.abs(np.asarray(context - other)).max() > 1e-4
+
+
+@every_encoder
+def test_without_error_bars_an_encoder_reads_none_or_says_so(name):
+    event = event_of(name, 2)
+    bare = Event(event.y, event.mask)
+    if made(name).uses_sd:
+        with pytest.raises(ValueError, match="uses_sd=True; give the event an sd"):
+            made(name)(bare)
+    else:
+        want = eqx.filter_jit(made(name))(event)
+        assert eqx.tree_equal(eqx.filter_jit(made(name))(bare), want)
+
+
+@every_encoder
+def test_a_batch_is_the_events_one_by_one(name):
+    """Sums may round otherwise in another program: 1e-5."""
+    events = [event_of(name, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *events)
+    together = jax.jit(jax.vmap(lambda event: numbers_of(made(name)(event))))(stacked)
+    for one, event in zip(together, events, strict=True):
+        np.testing.assert_allclose(one, program(name)(event)[0], rtol=1e-5, atol=1e-6)
+
+
+# --- what each is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("flat")])
+def test_a_flat_context_is_one_row_and_its_encoder_has_one_shape(name):
+    event = event_of(name, 3)
+    assert program(name)(event)[0].shape == (5,)
+    assert made(name).obs_shape == event.y.shape
+
+
+@every_site_encoder
+def test_a_site_context_has_a_row_an_entry_with_the_raw_observation_first(name):
+    event, encoder = event_of(name, 4), made(name)
+    context = eqx.filter_jit(encoder)(event)
+    assert encoder.obs_shape is None
+    assert context.features.shape == (T, encoder.size)
+    np.testing.assert_array_equal(context.mask, event.mask)
+    np.testing.assert_array_equal(context.features[:, 0], event.values)
+    if encoder.uses_sd:
+        want = np.where(event.mask, np.log(np.asarray(event.sd)), 0.0)
+        np.testing.assert_allclose(context.features[:, 1], want, rtol=1e-5)
+    assert not np.asarray(context.features)[~np.asarray(event.mask)].any()
+    assert np.asarray(context.features)[np.asarray(event.mask)].all()
+
+
+@every_site_encoder
+def test_a_site_reads_its_neighbours_as_far_as_the_radius_and_no_further(name):
+    _, by_y, _ = program(name)(event_of(name, 5, np.ones(T, bool)))
+    distance = np.abs(np.arange(T)[:, None] - np.arange(T)[None, :])
+    np.testing.assert_array_equal(np.abs(by_y).max(1) != 0, distance <= made(name).radius)
+
+
+@every_site_encoder
+def test_the_net_is_the_same_everywhere_and_reads_longer_records(name):
+    """A record within a longer one, between gaps as wide as the radius, has the same rows."""
+    event, lead, tail = event_of(name, 6), 4, 3
+    pad = lambda a, fill: jnp.pad(a, (lead, tail), constant_values=fill)  # noqa: E731
+    longer = Event(pad(event.y, 9.0), pad(event.mask, False), pad(event.sd, 9.0))
+    short = eqx.filter_jit(made(name))(event).features
+    long = eqx.filter_jit(made(name))(longer).features
+    assert long.shape[0] == lead + T + tail
+    np.testing.assert_allclose(long[lead:-tail], short, rtol=1e-5, atol=1e-6)
+    assert not np.asarray(long[:lead]).any()
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2)])
+def test_a_site_encoder_refuses_other_axes(shape):
+    event = Event(jnp.zeros(shape), jnp.ones(shape, bool))
+    with pytest.raises(ValueError, match=r"y of shape \(t,\), got \("):
+        made("site")(event)
+
+
+def test_the_key_decides_the_weights():
+    event = event_of("flat", 7)
+    same, other = (FlatEncoder((T,), key=jax.random.key(k), **SIZES)(event) for k in (0, 1))
+    assert eqx.tree_equal(same, made("flat")(event))
+    assert not eqx.tree_equal(same, other)
