@@ -1,6 +1,6 @@
 """Every head, held to the same properties; the information head, held to Bayes' rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import equinox as eqx
@@ -81,8 +81,19 @@ CASES: dict[str, Callable[[], AmortizedPosterior]] = {
     ),
 }
 INFORMATION = [name for name in CASES if name.startswith("information")]
-every_head = pytest.mark.parametrize("name", CASES)
-every_information_head = pytest.mark.parametrize("name", INFORMATION)
+# "crowded" has blocks and error bars too: the two cases between are for the whole suite.
+BETWEEN = ("information, error bars", "information, blocks")
+
+
+def cases(names: Sequence[str]) -> pytest.MarkDecorator:
+    marks = {name: [pytest.mark.slow] if name in BETWEEN else [] for name in names}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks[name]) for name in names]
+    )
+
+
+every_head = cases(list(CASES))
+every_information_head = cases(INFORMATION)
 
 
 @cache
