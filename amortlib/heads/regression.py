@@ -9,7 +9,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import ArrayLike, Float, Int
 
 from amortlib.encoders import SiteContext
@@ -103,10 +102,11 @@ class CholeskyHead(_Standardised):
     The honest baseline for a full covariance. Needs no knowledge of the state's structure, and
     pays for it: the number of outputs grows as d^2, and each must be learned for every gap.
 
-    The factor is that of the precision, P = U U^T with U upper triangular, and not of the
-    covariance: the log-likelihood is then a square and a sum of logarithms, where a factor of the
-    covariance has to be inverted in it, and training blows up on its way (Dorta et al. 2018,
-    *Structured uncertainty prediction networks*, section 4.1).
+    The factor is that of the precision, P = L L^T, and not of the covariance: the log-likelihood
+    is then a square and a sum of logarithms, without a linear solve in training. With a factor of
+    the covariance, which has to be inverted there, training blows up on its way (Dorta et al.
+    2018, *Structured uncertainty prediction networks*, section 4.1). The answer is a
+    [`GaussMarkov`][amortlib.gaussian.GaussMarkov] of a single site, which holds such a factor.
     """
 
     linear: eqx.nn.Linear
@@ -127,14 +127,14 @@ class CholeskyHead(_Standardised):
         self.dim = dim
         self.linear = _small(eqx.nn.Linear(features, dim * (dim + 3) // 2, key=key), 0.1)
 
-    def __call__(self, context: Float[Array, " features"]) -> Gaussian:
+    def __call__(self, context: Float[Array, " features"]) -> GaussMarkov:
         """The Gaussian for one context."""
         centre, scale = self._units()
-        loc, log_diag, above = jnp.split(self.linear(context), [self.dim, 2 * self.dim])
-        rows, cols = jnp.triu_indices(self.dim, 1)
-        upper = jnp.diag(jnp.exp(log_diag)).at[rows, cols].set(above)
-        inverse = solve_triangular(upper, jnp.eye(self.dim, dtype=upper.dtype), lower=False)
-        return Gaussian(centre + scale * loc, scale[:, None] * inverse.T)
+        loc, log_diag, below = jnp.split(self.linear(context), [self.dim, 2 * self.dim])
+        rows, cols = jnp.tril_indices(self.dim, -1)
+        lower = jnp.diag(jnp.exp(log_diag)).at[rows, cols].set(below)
+        no_neighbours = jnp.zeros((0, self.dim, self.dim), lower.dtype)
+        return GaussMarkov(centre + scale * loc, (lower / scale[:, None])[None], no_neighbours)
 
 
 class InformationHead(AbstractHead):
