@@ -431,7 +431,9 @@ def test_a_posterior_whose_net_is_exact_is_exact_from_the_event_on():
     np.testing.assert_allclose(jacobian, gain, atol=1e-3)
 
 
-@pytest.mark.parametrize("site", [None, np.array([6, 0, 3, 3])])
+@pytest.mark.parametrize(
+    "site", [pytest.param(None, marks=pytest.mark.slow), np.array([6, 0, 3, 3])]
+)
 def test_another_prior_keeps_the_messages(site):
     """On a longer grid, and with observations elsewhere on it, Bayes' rule holds as before."""
     model, _ = made("information, blocks")

@@ -24,7 +24,14 @@ KINDS = {
     "cholesky": (FlatEncoder, CholeskyHead),
     "diagonal": (FlatEncoder, DiagonalHead),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
+# The heads' own tests hold the other two to the same: here they are for the whole suite.
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind == "information" else [pytest.mark.slow])
+        for kind in KINDS
+    ],
+)
 
 
 @cache
@@ -177,7 +184,7 @@ def test_no_draws_are_refused(n):
 # --- the maker --------------------------------------------------------------------------------
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_made_of_its_parts(kind):
     encoder, head = KINDS[kind]
     assert isinstance(made(kind).encoder, encoder)

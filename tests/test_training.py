@@ -86,6 +86,14 @@ def plain() -> FitResult[Line]:
 
 
 @pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> bytes:
+    """The checkpoint of a finished run without validation."""
+    path = tmp_path_factory.mktemp("finished") / "state"
+    run(checkpoint=path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(held_out) -> FitResult[Line]:
     return run(validation=held_out)
 
@@ -111,11 +119,14 @@ def test_training_reaches_the_known_optimum():
 def test_one_step_is_the_optimizer_s_own():
     """The first step, and its randomness, written out by hand."""
     k_batch, k_objective = jax.random.split(jax.random.fold_in(KEY, 0))
-    loss, grads = eqx.filter_value_and_grad(
-        lambda slope: noisy(
-            eqx.tree_at(lambda m: m.slope, Line(), slope), batches(k_batch), k_objective
-        )
-    )(Line().slope)
+
+    @jax.jit
+    @jax.value_and_grad
+    def by_hand(slope):
+        model = eqx.tree_at(lambda m: m.slope, Line(), slope)
+        return noisy(model, batches(k_batch), k_objective)
+
+    loss, grads = by_hand(Line().slope)
     result = run(steps=1, optimizer=optax.sgd(0.2))
     np.testing.assert_allclose(result.loss, [loss], rtol=1e-6)
     np.testing.assert_allclose(result.model.slope, -0.2 * grads, rtol=1e-5)
@@ -132,6 +143,7 @@ def test_the_key_decides_everything(plain):
     assert (run(key=jax.random.key(1)).loss != plain.loss).all()
 
 
+@pytest.mark.slow
 def test_the_length_of_a_chunk_changes_nothing(plain):
     """Chunks are a matter of speed; sums may round otherwise in another program: 1e-5."""
     for every in (7, 1000):
@@ -267,6 +279,7 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, held_out, unin
     assert bits(result) == bits(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_twice_gives_the_same_bits(tmp_path, monkeypatch, held_out, uninterrupted):
     path = tmp_path / "state"
     for _ in range(2):
@@ -332,6 +345,7 @@ def test_without_resume_a_file_that_is_there_is_not_read(tmp_path, held_out, uni
     assert bits(result) == bits(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_double_precision_with_a_model_in_single(tmp_path, monkeypatch, x64):
     """The state keeps its types, whatever the objective returns."""
     path = tmp_path / "state"
@@ -356,25 +370,25 @@ def test_a_run_resumes_in_double_precision_with_a_model_in_single(tmp_path, monk
     [{"key": jax.random.key(5)}, {"steps": 50}, {"every": 20}, {"optimizer": optax.sgd(0.1)}],
     ids=["key", "steps", "every", "optimizer"],
 )
-def test_a_run_with_other_settings_is_not_resumed(tmp_path, changed):
+def test_a_run_with_other_settings_is_not_resumed(tmp_path, finished, changed):
     path = tmp_path / "state"
-    run(checkpoint=path)
+    path.write_bytes(finished)
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match=re.escape(str(path))):
         run(checkpoint=path, resume=True, **changed)
     assert path.read_bytes() == before
 
 
-def test_the_settings_of_another_run_are_named(tmp_path):
-    run(checkpoint=tmp_path / "state")
+def test_the_settings_of_another_run_are_named(tmp_path, finished):
+    (tmp_path / "state").write_bytes(finished)
     assert read_settings(tmp_path / "state") == {"steps": 40, "every": 10, "key": [0, 0]}
     with pytest.raises(CheckpointError, match=r"'steps': 50.*got .*'steps': 40.*same run"):
         run(checkpoint=tmp_path / "state", resume=True, steps=50)
 
 
-def test_another_model_s_state_and_a_damaged_state_are_not_resumed(tmp_path):
+def test_another_model_s_state_and_a_damaged_state_are_not_resumed(tmp_path, finished):
     path = tmp_path / "state"
-    run(checkpoint=path)
+    path.write_bytes(finished)
     longer = eqx.tree_at(lambda m: m.slope, Line(), jnp.zeros(3))
     with pytest.raises(CheckpointError, match="slope"):
         run(longer, checkpoint=path, resume=True)
@@ -489,6 +503,7 @@ def test_without_progress_nothing_is_written(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_bar_of_a_resumed_run_starts_where_it_was(tmp_path, monkeypatch, capfd):
     path = tmp_path / "state"
     with monkeypatch.context() as patch:
