@@ -163,18 +163,17 @@ class ContiguousGaps(AbstractGaps):
         max_gaps: the number of gaps is drawn uniformly from 1 to this; gaps may touch.
     """
 
-    low: float
-    high: float
+    low: Float[Array, ""]
+    high: Float[Array, ""]
     max_gaps: int = eqx.field(static=True)
 
     def __init__(self, low: float, high: float | None = None, *, max_gaps: int = 1):
-        self.low = float(low)
-        self.high = self.low if high is None else float(high)
+        high = low if high is None else high
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"expected fractions 0 <= low <= high <= 1, got {low}, {high}")
+        # Arrays, so that another fraction is not another program to compile.
+        self.low, self.high = jnp.asarray(low, float), jnp.asarray(high, float)
         self.max_gaps = max_gaps
-        if not 0.0 <= self.low <= self.high <= 1.0:
-            raise ValueError(
-                f"expected fractions 0 <= low <= high <= 1, got {self.low}, {self.high}"
-            )
         if max_gaps < 1:
             raise ValueError(f"expected max_gaps >= 1, got {max_gaps}")
 
@@ -205,16 +204,14 @@ class Dropouts(AbstractGaps):
         high: largest.
     """
 
-    low: float
-    high: float
+    low: Float[Array, ""]
+    high: Float[Array, ""]
 
     def __init__(self, low: float, high: float | None = None):
-        self.low = float(low)
-        self.high = self.low if high is None else float(high)
-        if not 0.0 <= self.low <= self.high <= 1.0:
-            raise ValueError(
-                f"expected probabilities 0 <= low <= high <= 1, got {self.low}, {self.high}"
-            )
+        high = low if high is None else high
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"expected probabilities 0 <= low <= high <= 1, got {low}, {high}")
+        self.low, self.high = jnp.asarray(low, float), jnp.asarray(high, float)
 
     def times(self, key: Key, n: int) -> Bool[Array, " n"]:
         """One mask over `n` times."""
