@@ -10,6 +10,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from amortlib.gaussian import Gaussian, GaussMarkov
@@ -102,7 +103,8 @@ class GibbsPosterior(eqx.Module):
     temperature: float | Array = 1.0
 
     def __check_init__(self):
-        if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
+        traced = isinstance(self.temperature, jax.core.Tracer)
+        if not traced and not np.all(np.asarray(self.temperature) > 0):
             raise ValueError(f"expected a positive temperature, got {self.temperature}")
 
     def log_density(self, x: Float[Array, " d"], event: Event) -> Float[Array, ""]:

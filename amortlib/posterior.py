@@ -95,20 +95,26 @@ def regression_posterior(
     """A Gaussian posterior with the encoder that suits it.
 
     Args:
-        kind: `"information"`, for a state on a grid; `"cholesky"`, the plain baseline with a
-            full covariance; `"diagonal"`, the lesson.
+        kind: `"information"`, the default, for a state on a grid; `"cholesky"`, the plain
+            baseline with a full covariance; `"diagonal"`, the lesson.
         key: initialises the weights.
         prior: background density of the state.
-        obs_shape: shape of `y`; by default one observation a site.
+        obs_shape: shape of `y`; by default one observation a site, and the information form
+            made here has no other.
         uses_sd: whether error bars differ between events and are read.
         sizes: passed on to the encoder (`features`, `width`, `depth`, `radius`).
 
     Raises:
-        ValueError: on another kind.
+        ValueError: on another kind, or an `obs_shape` that the information form cannot take.
     """
     k_encoder, k_head = jax.random.split(key)
     shape = (prior.shape[0],) if obs_shape is None else tuple(obs_shape)
     if kind == "information":
+        if shape != (prior.shape[0],):
+            raise ValueError(
+                f"expected one observation a site, obs_shape={(prior.shape[0],)}, got {shape}; "
+                "for others make an InformationHead with the site of each observation"
+            )
         encoder = SiteEncoder(key=k_encoder, uses_sd=uses_sd, **sizes)
         return AmortizedPosterior(encoder, InformationHead(encoder.size, prior, key=k_head))
     heads = {"cholesky": CholeskyHead, "diagonal": DiagonalHead}

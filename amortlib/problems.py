@@ -93,7 +93,8 @@ class InverseProblem(eqx.Module):
 
         Raises:
             InvalidProblemError: on a function that returns a wrong shape or type, or values that
-                are not finite; the message names the function and the key that made them.
+                are not finite; the message names the function and the key that made them. Also
+                on noise whose level is not positive, of which no logarithm can be read.
         """
         keys = jax.random.split(key, n)
         x = _call("prior_sample", lambda: jax.eval_shape(self.prior_sample, keys[0]))
@@ -140,6 +141,10 @@ class InverseProblem(eqx.Module):
                     f"{n} draws; the first was made by simulate with the key "
                     f"{np.asarray(words).tolist()}"
                 )
+        if events.sd is not None and not (np.asarray(events.sd) > 0).all():
+            raise InvalidProblemError(
+                f"expected obs_noise to have a positive sd, got {np.asarray(events.sd).min()}"
+            )
 
 
 def _call(name: str, run: Callable[[], Any]) -> Any:

@@ -145,9 +145,14 @@ def gappy_curve(under: float) -> Event:
 
 
 def test_what_lies_under_the_mask_changes_neither_value_nor_gradient(x64):
-    """Bit for bit, and the gradient in y is zero there and only there."""
+    """Bit for bit, the Hessian too, and the gradient in y is zero there and only there."""
     energy, x = Energy(markov(), curved), jnp.asarray(numbers()["x"][0])
-    run = jax.jit(jax.value_and_grad(lambda x, y, e: energy(x, Event(y, e.mask, e.sd)), (0, 1)))
+
+    @jax.jit
+    def run(x, y, e):
+        cost = lambda x, y: energy(x, Event(y, e.mask, e.sd))  # noqa: E731
+        return jax.value_and_grad(cost, (0, 1))(x, y), jax.hessian(cost)(x, y)
+
     first = gappy_curve(1.0)
     want = jax.tree.leaves(run(x, first.y, first))
     assert all(np.isfinite(part).all() for part in want)
@@ -301,9 +306,12 @@ def test_a_temperature_widens_and_does_not_move(x64):
 # --- what does not fit ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_is_refused(temperature):
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.asarray])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature, kind):
+    """However it is given: as a number, or as an array that a sweep over T would hold."""
     energy = Energy(Gaussian(jnp.zeros(1), jnp.eye(1)), lambda x: x)
+    temperature = kind(temperature)
     with pytest.raises(ValueError, match=f"positive temperature, got {temperature}"):
         GibbsPosterior(energy, temperature)
 

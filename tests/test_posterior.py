@@ -164,6 +164,14 @@ def test_a_batch_given_to_the_information_form_is_refused():
         made("information")(event_of(0, (2, T)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_of_another_shape_is_refused(kind):
+    """It would be stretched over y by some encoders; `tree_at` makes what `Event` refuses to."""
+    event = eqx.tree_at(lambda e: e.mask, event_of(0), jnp.ones((1,), bool))
+    with pytest.raises(InvalidEventError, match=r"a mask of the shape of y, \(4,\), got \(1,\)"):
+        made(kind)(event)
+
+
 @every_kind
 def test_error_bars_that_are_read_must_be_there(kind):
     event = event_of(0)
@@ -199,6 +207,15 @@ def test_the_information_form_is_the_default():
     assert eqx.tree_equal(
         made_so, regression_posterior("information", key=KEY, prior=prior, **SIZES)
     )
+
+
+def test_the_information_form_takes_one_observation_a_site_and_says_so():
+    """It was made all the same, for events of the prior's length."""
+    prior = ornstein_uhlenbeck(T).prior
+    with pytest.raises(ValueError, match=r"obs_shape=\(4,\), got \(2, 4\); .* InformationHead"):
+        regression_posterior(key=KEY, prior=prior, obs_shape=(2, T), **SIZES)
+    named = regression_posterior(key=KEY, prior=prior, obs_shape=(T,), **SIZES)
+    assert eqx.tree_equal(named, regression_posterior(key=KEY, prior=prior, **SIZES))
 
 
 def test_another_kind_is_refused():

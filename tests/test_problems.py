@@ -315,6 +315,36 @@ def test_check_has_nothing_to_say_about_a_good_problem():
     assert ornstein_uhlenbeck(3, noise=(0.1, 2.0)).check(KEY) is None
 
 
+@pytest.mark.parametrize("level", [0.0, -0.3])
+def test_check_refuses_an_error_bar_that_is_not_positive(level):
+    """Its values are finite, but its logarithm, which a head reads, and J are not."""
+    problem = InverseProblem(**(OWN | {"obs_noise": GaussianNoise(level)}))
+    with pytest.raises(InvalidProblemError, match=f"obs_noise to have a positive sd, got {level}"):
+        problem.check(KEY)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"noise": (2.0, 1.0)}, "0 < low < high, got low=2.0, high=1.0"),
+        ({"noise": (0.0, 1.0)}, "0 < low < high, got low=0.0, high=1.0"),
+        ({"loc": np.zeros(4)}, r"\(4,\).*\(3,\)"),
+    ],
+)
+def test_an_ornstein_uhlenbeck_problem_refuses_what_does_not_fit(given, message):
+    with pytest.raises(ValueError, match=message):
+        ornstein_uhlenbeck(3, **given)
+
+
+def test_a_background_of_one_s_own_moves_the_state_and_what_is_seen():
+    """The draws are those about zero, moved: single precision, 1e-5."""
+    loc = np.array([1.0, -2.0, 3.0])
+    x, event = ornstein_uhlenbeck(3, loc=loc).batch(KEY, 4)
+    centred, other = ornstein_uhlenbeck(3).batch(KEY, 4)
+    np.testing.assert_allclose(x - centred, np.tile(loc, (4, 1)), atol=1e-5)
+    np.testing.assert_allclose(event.y - other.y, np.tile(loc, (4, 1)), atol=1e-5)
+
+
 def test_values_under_the_mask_are_looked_at_too():
     """A forward model that fails where nothing was seen is a fault all the same."""
     problem = InverseProblem(

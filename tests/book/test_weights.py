@@ -1,0 +1,66 @@
+"""What the shipped head reaches, computed again on events it has not been measured on."""
+
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from _kit import heads
+
+from amortlib.export import CheckpointError, build_and_load, read_settings
+from amortlib.observation import ContiguousGaps
+from amortlib.problems import ornstein_uhlenbeck
+from benchmarks.regression_ou import FRACTIONS, measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.1, 0.3, 1.0])
+def test_the_shipped_head_is_near_the_exact_posterior(noise: float) -> None:
+    """256 fresh events at each gap fraction: the benchmark's bars, and a Jacobian within 5%."""
+    model, _ = heads.load_ou_head()
+    problem = ornstein_uhlenbeck(32, timescale=8.0, noise=noise)
+    for fraction in FRACTIONS:
+        gaps = ContiguousGaps(fraction, max_gaps=3)
+        figures = measure(model, problem, gaps, events=256, seed=101)
+        assert np.median(figures["kl"]) <= 0.01
+        assert figures["kl"].max() <= 0.1
+        assert figures["jacobian"].max() < 0.05
+        if fraction == 1.0:
+            assert figures["from_prior"].max() <= 1e-3
+
+
+def test_the_settings_in_the_file_describe_the_head() -> None:
+    settings = read_settings(heads.OU_FILE)
+    model, problem = heads.load_ou_head()
+    assert (settings["n"], settings["timescale"]) == (32, 8.0)
+    assert tuple(settings["noise"]) == heads.OU_NOISE
+    assert model.encoder.uses_sd
+    assert problem.shapes() == ((32,), (32,))
+    worst = [figures["kl_worst"] for figures in settings["metrics"].values()]
+    assert len(worst) == len(FRACTIONS)
+    assert max(worst) <= 0.1
+    assert all(math.isfinite(value) for value in worst)
+
+
+def test_missing_or_damaged_weights_say_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors.*found no file"):
+        build_and_load(tmp_path / "absent.safetensors", heads.build_ou)
+    damaged = tmp_path / "damaged.safetensors"
+    shutil.copy(heads.OU_FILE, damaged)
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        build_and_load(damaged, heads.build_ou)
+
+
+def test_the_untrained_template_is_not_the_shipped_head() -> None:
+    """Loading replaces the numbers: it is not the template that is returned."""
+    model, _ = heads.load_ou_head()
+    template = heads.build_ou()
+    same = jax.tree.map(
+        lambda a, b: bool((a == b).all()), model.head.gain.weight, template.head.gain.weight
+    )
+    assert not same

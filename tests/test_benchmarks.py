@@ -1,0 +1,56 @@
+"""The benchmarks run, and the default head holds the bars that its table states."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amortlib.observation import ContiguousGaps
+from amortlib.problems import ornstein_uhlenbeck
+from benchmarks import make_weights
+from benchmarks.regression_ou import (
+    FRACTIONS,
+    MEDIAN_KL,
+    PRIOR_UNITS,
+    WORST_KL,
+    measure,
+    train,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_default_head_holds_the_bars() -> None:
+    """512 held-out events at each gap fraction, as `benchmarks.regression_ou` trains the head."""
+    problem = ornstein_uhlenbeck(32, noise=0.3)
+    model, _ = train("information", problem, steps=3000, rate=1e-2)
+    for fraction in FRACTIONS:
+        figures = measure(model, problem, ContiguousGaps(fraction, max_gaps=3), events=512)
+        assert np.median(figures["kl"]) <= MEDIAN_KL
+        assert figures["kl"].max() <= WORST_KL
+        assert figures["jacobian"].max() < 0.05
+        if fraction == 1.0:
+            assert figures["from_prior"].max() <= PRIOR_UNITS
+
+
+@pytest.mark.parametrize("name", ["regression_ou", "make_weights"])
+def test_a_quick_run_prints_its_table_and_writes_its_data(name: str, tmp_path: Path) -> None:
+    before = make_weights.FILE.read_bytes()
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert out.exists(), run.stdout + run.stderr
+    assert "missing" in run.stdout
+    assert "KL" in run.stdout
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert {"machine", "versions", "seeds", "bars"} <= set(data)
+    for bar in data["bars"]:
+        assert {"name", "value", "bar", "holds"} <= set(bar)
+        assert isinstance(bar["holds"], bool)
+    assert data["bars"]
+    assert make_weights.FILE.read_bytes() == before, "a quick run writes no weights"
