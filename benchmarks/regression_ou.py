@@ -33,6 +33,8 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 EVENTS = 512
 SEEDS = {"weights": 0, "training": 1, "events": 2}
 DECAY = 0.1
+SD_DECAY = 0.01
+"""Less for a head that reads error bars: its answer bends with them, and decay flattens it."""
 MEDIAN_KL, WORST_KL, PRIOR_UNITS = 0.01, 0.1, 1e-3
 
 
@@ -51,7 +53,9 @@ def train(
         key=jax.random.key(SEEDS["training"]),
         steps=steps,
         # Values in the far tail are rare: without decay the net's answer there is left to chance.
-        optimizer=optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=DECAY),
+        optimizer=optax.adamw(
+            optax.cosine_decay_schedule(rate, steps), weight_decay=SD_DECAY if uses_sd else DECAY
+        ),
         every=min(500, steps),
         progress=sys.stderr.isatty(),
     )
