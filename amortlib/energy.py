@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from amortlib.gaussian import Gaussian, GaussMarkov
@@ -103,7 +104,7 @@ class GibbsPosterior(eqx.Module):
     temperature: float | Array = 1.0
 
     def __check_init__(self):
-        traced = isinstance(self.temperature, jax.core.Tracer)
+        traced = isinstance(self.temperature, Tracer)
         if not traced and not np.all(np.asarray(self.temperature) > 0):
             raise ValueError(f"expected a positive temperature, got {self.temperature}")
 
