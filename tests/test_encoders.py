@@ -89,6 +89,24 @@ def test_what_lies_under_the_mask_moves_nothing(name, seed, mask, under):
         assert not np.asarray(slope)[..., ~np.asarray(event.mask)].any()
 
 
+@pytest.mark.parametrize("name", ["flat, error bars", "site, neighbours"])
+def test_nothing_is_moved_where_the_mask_is_known_to_the_compiler(name):
+    """XLA makes a selection of a product with booleans, and NaN times zero is zero, unless it
+    knows the mask when it compiles: then, a product would be NaN. Another program rounds
+    otherwise: 1e-5.
+    """
+    event = event_of(name, 0, np.arange(T) % 3 != 1)
+    hidden = [jnp.where(event.mask, a, jnp.nan) for a in (event.y, event.sd)]
+
+    @jax.jit
+    def run(y, sd):
+        encode = lambda y, sd: numbers_of(made(name)(Event(y, event.mask, sd)))  # noqa: E731
+        return encode(y, sd), *jax.jacrev(encode, argnums=(0, 1))(y, sd)
+
+    for got, want in zip(run(*hidden), program(name)(event), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 @every_encoder
 def test_what_was_observed_moves_the_context(name):
     """Every observed value does, and every error bar where those are read."""

@@ -61,8 +61,12 @@ HTML = Path("_build/html")
 INPUTS = ("amortlib", "book/_kit", "book/data", "book/weights", "requirements.txt")
 """What any chapter can import or read: a change here executes every chapter again."""
 
-SITE_INPUTS = ("_config.yml", "_toc.yml", "requirements.txt")
-"""With the Sphinx extension: a change here renders every page again."""
+SITE_INPUTS = ("_config.yml", "_toc.yml", "requirements.txt", "book")
+"""With the Sphinx extension and what was executed: a change here renders every page again.
+
+All of them, because pages hang together: a citation that is new on one page renumbers those of the
+list of references, and Sphinx would leave the links of the other pages as they were.
+"""
 
 CELL_TIMEOUT_S = 300
 
@@ -167,10 +171,12 @@ def digest_of(root: Path, inputs: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def site_key(root: Path) -> str:
-    """Return the hash of everything, chapters apart, that shapes the rendered pages."""
+def site_key(root: Path, state: dict[str, Any]) -> str:
+    """Return the hash of everything that shapes the rendered pages."""
     extension = digest_of(REPOSITORY, ("tools/book_extension.py", "tools/chapters.py"))
-    return hashlib.sha256((digest_of(root, SITE_INPUTS) + extension).encode()).hexdigest()
+    executed = json.dumps(state, sort_keys=True)
+    text = digest_of(root, SITE_INPUTS) + extension + executed
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def execution_key(notebook: nbformat.NotebookNode, inputs_digest: str) -> str:
@@ -370,11 +376,6 @@ def store(cache: Any, page: Page, execution: Execution, state: dict[str, Any]) -
     return record.hashkey
 
 
-def forget_rendering(root: Path, docname: str) -> None:
-    """Delete a chapter's doctree, so that Sphinx reads it (and its new outputs) again."""
-    (root / DOCTREES / f"{docname}.doctree").unlink(missing_ok=True)
-
-
 def check_distinct(cache: Any, notebooks: dict[str, Any]) -> None:
     """Refuse two chapters with the same code cells: the cache could not tell them apart."""
     seen: dict[str, str] = {}
@@ -491,7 +492,6 @@ def build(
             "code_cells": len(code_cells(execution.notebook)),
             "machine": machine(),
         }
-        forget_rendering(root, page.docname)
         write_state(root, state)
         executed.add(page.docname)
 
@@ -510,7 +510,7 @@ def build(
     # Sphinx repeats a warning only when it reads the page again. So a run that was not clean
     # leaves no site key behind, and the next one renders every page from scratch.
     key_file = root / STATE_FILE.parent / "site_key"
-    wanted = site_key(root)
+    wanted = site_key(root, state)
     from_scratch = not key_file.exists() or key_file.read_text(encoding="utf-8") != wanted
     key_file.unlink(missing_ok=True)
     records = {record.pk for record in cache.list_cache_records()}
