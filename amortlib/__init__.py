@@ -2,7 +2,7 @@
 
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``,
-``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``.
+``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -16,10 +16,12 @@ from amortlib import (
     export,
     gaussian,
     heads,
+    laplace,
     objectives,
     observation,
     posterior,
     problems,
+    solvers,
     training,
     types,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "fit",
     "gaussian",
     "heads",
+    "laplace",
     "load",
     "objectives",
     "observation",
@@ -58,6 +61,7 @@ __all__ = [
     "problems",
     "save",
     "simulate_pair",
+    "solvers",
     "training",
     "types",
 ]

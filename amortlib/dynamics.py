@@ -1,4 +1,4 @@
-"""Dynamics M: the Ornstein-Uhlenbeck process and Lorenz-63, integrated by diffrax."""
+"""Dynamics M: Ornstein-Uhlenbeck, Lorenz-63 and Lorenz-96, integrated by diffrax."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Float
 from amortlib.gaussian import Gaussian, GaussMarkov
 from amortlib.types import Array, Key
 
-__all__ = ["Lorenz63", "OrnsteinUhlenbeck", "climatology", "trajectory"]
+__all__ = ["Lorenz63", "Lorenz96", "OrnsteinUhlenbeck", "climatology", "trajectory"]
 
 
 class OrnsteinUhlenbeck(eqx.Module):
@@ -86,6 +86,27 @@ class Lorenz63(eqx.Module):
         """dx/dt."""
         a, b, c = x
         return jnp.stack([self.sigma * (b - a), a * (self.rho - c) - b, a * b - self.beta * c])
+
+
+class Lorenz96(eqx.Module):
+    """The ring of Lorenz (1996), *Predictability: a problem partly solved*, equation 1.
+
+    dx_i/dt = (x_{i+1} - x_{i-2}) x_{i-1} - x_i + F, indices modulo the number of sites (at least
+    four). With 40 sites and F = 8 a time of 0.05 is about six hours of weather.
+
+    Attributes:
+        forcing: F.
+    """
+
+    forcing: Float[Array, ""]
+
+    def __init__(self, forcing: ArrayLike = 8.0):
+        self.forcing = jnp.asarray(forcing, float)
+
+    def vector_field(self, t: ArrayLike, x: Float[Array, " n"], args: None) -> Float[Array, " n"]:
+        """dx/dt."""
+        ahead, behind, two_behind = jnp.roll(x, -1), jnp.roll(x, 1), jnp.roll(x, 2)
+        return (ahead - two_behind) * behind - x + self.forcing
 
 
 def trajectory(

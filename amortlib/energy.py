@@ -55,7 +55,8 @@ class Energy(eqx.Module):
     forward: Callable[[Array], Array]
     obs_sd: float | Array | None = None
 
-    def _sd(self, event: Event) -> Array:
+    def sd(self, event: Event) -> Float[Array, "*obs"]:
+        """Square root of the diagonal of R, one at masked entries."""
         sd = event.error_sd
         if sd is None:
             if self.obs_sd is None:
@@ -75,8 +76,17 @@ class Energy(eqx.Module):
 
     def terms(self, x: Float[Array, " d"], event: Event) -> EnergyTerms:
         """The background and observation parts of J."""
-        scaled = self.innovation(x, event) / self._sd(event)
+        scaled = self.innovation(x, event) / self.sd(event)
         return EnergyTerms(0.5 * self.prior.mahalanobis(x), 0.5 * jnp.sum(scaled**2))
+
+    def residual(self, v: Float[Array, " d"], event: Event) -> Float[Array, " r"]:
+        """r(v) with J(x_b + B^{1/2} v) = 1/2 |r(v)|^2: v itself, then the scaled innovations.
+
+        J in the control variable v is a sum of squares, which is what Gauss-Newton methods need,
+        and its background part has the identity for a Hessian, whatever B is.
+        """
+        scaled = self.innovation(self.prior.colour(v), event) / self.sd(event)
+        return jnp.concatenate([v, scaled.reshape(-1)])
 
     def __call__(self, x: Float[Array, " d"], event: Event) -> Float[Array, ""]:
         """J, in nats."""
@@ -84,7 +94,7 @@ class Energy(eqx.Module):
 
     def log_joint(self, x: Float[Array, " d"], event: Event) -> Float[Array, ""]:
         """log p(x, y | m): -J plus the two Gaussian normalisers, of the prior and of the noise."""
-        noise = jnp.where(event.mask, jnp.log(self._sd(event)) + 0.5 * _LOG_2PI, 0.0)
+        noise = jnp.where(event.mask, jnp.log(self.sd(event)) + 0.5 * _LOG_2PI, 0.0)
         at_mean = self.prior.log_prob(self.prior.loc)
         return at_mean - self(x, event) - jnp.sum(noise)
 

@@ -86,18 +86,23 @@ class Gaussian(AbstractDistribution):
         eye = jnp.eye(loc.shape[0], dtype=prec.dtype)
         return cls(loc, solve_triangular(factor, eye, lower=False).T)
 
-    def _whiten(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    def whiten(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """v with x = loc + B^{1/2} v: standard normal where x is drawn from this density."""
         return solve_triangular(self.chol, x - self.loc, lower=True)
+
+    def colour(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """loc + B^{1/2} v, the inverse of `whiten`: the control-variable transform."""
+        return self.loc + self.chol @ v
 
     def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density at `x`."""
-        z = self._whiten(x)
+        z = self.whiten(x)
         half_log_det = jnp.sum(jnp.log(jnp.diagonal(self.chol)))
         return -0.5 * jnp.sum(z**2) - half_log_det - 0.5 * z.size * _LOG_2PI
 
     def mahalanobis(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Squared distance from the mean in the metric of the precision, |x - loc|^2_{B^-1}."""
-        return jnp.sum(self._whiten(x) ** 2)
+        return jnp.sum(self.whiten(x) ** 2)
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
@@ -218,9 +223,17 @@ class GaussMarkov(AbstractDistribution):
         out = out.at[1:].add(jnp.einsum("nij,nj->ni", self.off, z[:-1]))
         return out.reshape(-1)
 
+    def whiten(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """v = L^T (x - loc), standard normal where x is drawn from this density."""
+        return self._times_factor_t(x - self.loc).reshape(-1)
+
+    def colour(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """loc + L^-T v, the inverse of `whiten`: the control-variable transform."""
+        return self.loc + _backward(self.diag, self.off, v.reshape(self.shape)).reshape(-1)
+
     def mahalanobis(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Squared distance from the mean in the metric of the precision."""
-        return jnp.sum(self._times_factor_t(x - self.loc) ** 2)
+        return jnp.sum(self.whiten(x) ** 2)
 
     def half_log_det_precision(self) -> Float[Array, ""]:
         """Half the log-determinant of the precision."""

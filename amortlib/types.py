@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 Key: TypeAlias = PRNGKeyArray
 Array: TypeAlias = jax.Array
 
-__all__ = ["Array", "Event", "InvalidEventError", "Key", "PyTree", "as_event"]
+__all__ = ["Array", "Event", "InvalidEventError", "Key", "PyTree", "as_event", "to_double"]
 
 
 class InvalidEventError(ValueError):
@@ -48,6 +48,26 @@ class Event(eqx.Module):
     def error_sd(self) -> Float[Array, "*obs"] | None:
         """`sd` with ones at masked entries, so that it can be divided by; `None` stays `None`."""
         return None if self.sd is None else jnp.where(self.mask, self.sd, 1.0)
+
+
+def to_double(tree: PyTree) -> PyTree:
+    """The tree with its float arrays in double precision.
+
+    For use where double precision is switched on, which this package never does at import:
+
+        with jax.enable_x64(True):
+            energy = to_double(energy)
+
+    Raises:
+        RuntimeError: where it is not switched on, and jax would hand back single precision.
+    """
+    if jnp.zeros(0, float).dtype != jnp.float64:
+        raise RuntimeError("expected double precision to be on: use jax.enable_x64(True)")
+
+    def convert(leaf: Any) -> Any:
+        return jnp.asarray(leaf, jnp.float64) if eqx.is_inexact_array(leaf) else leaf
+
+    return jax.tree.map(convert, tree)
 
 
 def _numbers(name: str, given: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ from amortlib.observation import AbstractGaps, ContiguousGaps
 from amortlib.posterior import AmortizedPosterior, regression_posterior
 from amortlib.problems import InverseProblem, ornstein_uhlenbeck
 from amortlib.training import fit
-from amortlib.types import Event
+from amortlib.types import Event, to_double
 from benchmarks.report import Bar, arguments, finish, table
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -110,14 +110,8 @@ def measure(
     seen = eqx.tree_at(lambda p: p.gaps, problem, gaps)
     _, batch = seen.batch(jax.random.key(seed), events)
     with jax.enable_x64(True):
-        model, problem, batch = jax.tree.map(_to_double, (model, problem, batch))
+        model, problem, batch = to_double((model, problem, batch))
         return {name: np.asarray(v) for name, v in _against_exact(model, problem, batch).items()}
-
-
-def _to_double(leaf: object) -> object:
-    if eqx.is_inexact_array(leaf):
-        return jnp.asarray(np.asarray(leaf), jnp.float64)
-    return leaf
 
 
 def summary(figures: dict[str, np.ndarray]) -> dict[str, float]:

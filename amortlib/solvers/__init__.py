@@ -1,0 +1,18 @@
+"""Solvers: one method a file, all (y, mask) -> Analysis, from optimal interpolation upwards."""
+
+from amortlib.solvers.base import AbstractSolver, Analysis
+from amortlib.solvers.incremental import IncrementalFourDVar
+from amortlib.solvers.oi import OptimalInterpolation
+from amortlib.solvers.strong import StrongFourDVar
+from amortlib.solvers.threedvar import ThreeDVar
+from amortlib.solvers.weak import WeakFourDVar
+
+__all__ = [
+    "AbstractSolver",
+    "Analysis",
+    "IncrementalFourDVar",
+    "OptimalInterpolation",
+    "StrongFourDVar",
+    "ThreeDVar",
+    "WeakFourDVar",
+]
