@@ -3,6 +3,8 @@
 from amortlib.solvers.base import AbstractSolver, Analysis
 from amortlib.solvers.incremental import IncrementalFourDVar
 from amortlib.solvers.oi import OptimalInterpolation
+from amortlib.solvers.oracle import Oracle, OracleAnalysis
+from amortlib.solvers.reference import WeightedSample, importance_sample
 from amortlib.solvers.strong import StrongFourDVar
 from amortlib.solvers.threedvar import ThreeDVar
 from amortlib.solvers.weak import WeakFourDVar
@@ -12,7 +14,11 @@ __all__ = [
     "Analysis",
     "IncrementalFourDVar",
     "OptimalInterpolation",
+    "Oracle",
+    "OracleAnalysis",
     "StrongFourDVar",
     "ThreeDVar",
     "WeakFourDVar",
+    "WeightedSample",
+    "importance_sample",
 ]

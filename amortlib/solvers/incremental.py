@@ -41,7 +41,7 @@ class IncrementalFourDVar(AbstractSolver):
         energy: J. Its forward model needs both kinds of products (`diffrax.DirectAdjoint`).
         tolerance: ends where the norm of the gradient in v is below this, relative to one plus the
             norm of v; or where the increment no longer changes J in floating point.
-        inner_tolerance: relative residual at which an inner loop ends.
+        inner_tolerance: residual, relative to the gradient, at which an inner loop ends.
         max_outer: bound on the outer steps.
         max_inner: bound on the inner steps of each. In exact arithmetic the smaller of the numbers
             of observations and of controls is enough; by default five more than that.
@@ -85,7 +85,9 @@ class IncrementalFourDVar(AbstractSolver):
                 lx.positive_semidefinite_tag,
             )
             limit = min(r.size, v.size) + 5 if self.max_inner is None else self.max_inner
-            solver = lx.CG(rtol=self.inner_tolerance, atol=0.0, max_steps=limit)
+            # The absolute part matters: an entry of the gradient may be zero and stay so.
+            atol = self.inner_tolerance * jnp.max(jnp.abs(gradient))
+            solver = lx.CG(rtol=self.inner_tolerance, atol=atol, max_steps=limit)
             solution = lx.linear_solve(operator, -gradient, solver, throw=False)
             dv = solution.value
             new_v = v + dv

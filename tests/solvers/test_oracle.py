@@ -1,0 +1,201 @@
+"""The oracle: finds the lowest minimum, and says when it is not sure."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from amortlib.energy import Energy
+from amortlib.gaussian import condition
+from amortlib.observation import AllMissing, ContiguousGaps, gap
+from amortlib.problems import lorenz63, lorenz63_sign_lost, ornstein_uhlenbeck
+from amortlib.solvers import Oracle
+from amortlib.solvers.oracle import _census
+from amortlib.types import Event, InvalidEventError, to_double
+
+
+def _oracle(problem, **settings):
+    return Oracle(Energy(problem.prior, problem.forward), **settings)
+
+
+@pytest.fixture(scope="module")
+def chaotic():
+    """40 Lorenz-63 events under gaps of 60%, and what the oracle says of them."""
+    problem = lorenz63(gaps=ContiguousGaps(0.6))
+    _, events = problem.batch(jax.random.key(0), 40)
+    return problem, events, _oracle(problem)(events, key=jax.random.key(1))
+
+
+def test_a_linear_problem_is_solved_exactly() -> None:
+    problem = ornstein_uhlenbeck(12)
+    _, events = problem.batch(jax.random.key(0), 5)
+    found = _oracle(problem, starts=4, batch=2)(events, key=jax.random.key(1))
+    with jax.enable_x64(True):
+        prior, exact_events = to_double((problem.prior, events))
+        identity = jnp.eye(12)
+        for i in range(5):
+            event = jax.tree.map(lambda a, i=i: a[i], exact_events)
+            exact = condition(prior, identity, event)
+            jacobian = jax.jacfwd(
+                lambda y, e=event: condition(prior, identity, Event(y, e.mask, e.sd)).loc
+            )(event.y)
+            np.testing.assert_allclose(found.mode[i], exact.loc, atol=1e-8)
+            np.testing.assert_allclose(found.covariance[i], exact.covariance(), atol=1e-8)
+            np.testing.assert_allclose(found.jacobian[i], jacobian, atol=1e-8)
+            np.testing.assert_allclose(found.gain[i], jacobian, atol=1e-8)
+    assert found.converged.all()
+    assert found.sure.all()
+    assert found.single.all()
+    assert (found.minima == 1).all()
+    # One search in four could lead elsewhere for all that four searches say: it makes more.
+    assert (found.starts == 12).all()
+    assert (found.hits == 12).all()
+
+
+@pytest.mark.slow
+def test_double_precision_stays_inside(chaotic) -> None:
+    _, _, found = chaotic
+    assert found.mode.dtype == np.float64
+    assert jnp.zeros(1).dtype == jnp.float32
+
+
+@pytest.mark.slow
+def test_the_mode_is_stationary_and_a_minimum(chaotic) -> None:
+    problem, events, found = chaotic
+    assert found.converged.all()
+    with jax.enable_x64(True):
+        energy, events = to_double((Energy(problem.prior, problem.forward), events))
+        j = jax.vmap(energy)(jnp.asarray(found.mode), events)
+        np.testing.assert_allclose(found.energy, j, rtol=1e-12)
+        # A step of a hundredth of a standard deviation in any direction goes up.
+        for key in jax.random.split(jax.random.key(2), 8):
+            z = jax.random.normal(key, found.mode.shape)
+            root = jnp.linalg.cholesky(jnp.asarray(found.covariance))
+            step = 0.01 * jnp.einsum("eij,ej->ei", root, z)
+            assert (jax.vmap(energy)(found.mode + step, events) > j).all()
+
+
+@pytest.mark.slow
+def test_other_starts_find_nothing_lower(chaotic) -> None:
+    problem, events, found = chaotic
+    many = _oracle(problem, starts=48, rounds=1)(events, key=jax.random.key(3))
+    lower = many.energy < found.energy * (1 - 1e-8) - 1e-8
+    assert not (lower & found.sure).any()
+    assert lower.sum() == 0
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_batch(chaotic) -> None:
+    problem, events, found = chaotic
+    some = jax.tree.map(lambda a: a[:5], events)
+    few = _oracle(problem, batch=3)(some, key=jax.random.key(9))
+    np.testing.assert_allclose(few.energy, found.energy[:5], rtol=1e-9)
+    np.testing.assert_allclose(few.mode, found.mode[:5], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_gain_is_not_the_jacobian_where_the_model_bends(chaotic) -> None:
+    _, _, found = chaotic
+    size = np.linalg.norm(found.jacobian.reshape(40, 3, -1), 2, axis=(1, 2))
+    off = np.linalg.norm((found.gain - found.jacobian).reshape(40, 3, -1), 2, axis=(1, 2)) / size
+    assert (off > 0.05).mean() > 0.1
+    assert np.isfinite(off).all()
+
+
+@pytest.mark.slow
+def test_two_mirrored_minima_are_both_found() -> None:
+    problem = lorenz63_sign_lost()
+    _, event = problem.simulate(jax.random.key(4))
+    hidden = Event(event.y, jnp.broadcast_to(gap(5, 0, 1)[:, None], (5, 2)), event.sd)
+    events = jax.tree.map(lambda a: a[None], hidden)
+    found = _oracle(problem)(events, key=jax.random.key(5))
+    assert not found.single[0]
+    assert found.rise[0] < 1e-6
+    mirror = np.array([-1.0, -1.0, 1.0])
+    lowest = np.argsort(np.where(found.distinct[0], found.end_energy[0], np.inf))[:2]
+    a, b = found.ends[0, lowest]
+    np.testing.assert_allclose(a, mirror * b, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_everything_missing_gives_the_background() -> None:
+    problem = lorenz63(gaps=AllMissing())
+    _, events = problem.batch(jax.random.key(6), 2)
+    found = _oracle(problem, starts=4)(events, key=jax.random.key(7))
+    np.testing.assert_allclose(found.mode, np.tile(problem.prior.loc, (2, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        found.covariance[0], problem.prior.covariance(), rtol=1e-5, atol=1e-4
+    )
+    assert (found.energy < 1e-12).all()
+    assert (found.jacobian == 0).all()
+    assert found.sure.all()
+
+
+@pytest.mark.slow
+def test_it_says_that_it_is_unsure() -> None:
+    problem = lorenz63(gaps=ContiguousGaps(0.6))
+    _, events = problem.batch(jax.random.key(0), 8)
+    hurried = _oracle(problem, starts=4, rounds=1, max_outer=2)(events, key=jax.random.key(1))
+    assert not hurried.sure.any()
+    # Three starts cannot tell: even if all agree, one in six may lead elsewhere.
+    few = _oracle(problem, starts=3, rounds=1)(events, key=jax.random.key(1))
+    assert not few.sure.any()
+    assert "0 sure" in few.summary()
+
+
+@pytest.mark.slow
+def test_more_rounds_are_run_only_where_they_are_needed(chaotic) -> None:
+    _, _, found = chaotic
+    assert set(np.unique(found.starts)) <= {16, 32, 48, 64}
+    assert (found.starts > 16).any()
+    assert (found.starts == 16).any()
+    assert np.isinf(found.end_energy[found.starts == 16][:, 16:]).all()
+
+
+def test_the_census_counts_minima() -> None:
+    ends = np.array([[[0.0], [1e-4], [3.0], [3.0], [5.0], [9.0]]])
+    values = np.array([[1.0, 1.0, 2.5, 2.5, 7.0, np.inf]])
+    out = _census(ends, values, 0.5)
+    assert out["minima"][0] == 3
+    assert out["hits"][0] == 2
+    assert out["rise"][0] == 1.5
+    assert out["unseen"][0] == pytest.approx(3 * 4 / (5 * 4))
+    assert not out["sure"][0]
+    assert out["distinct"][0].tolist() == [True, False, True, False, True, False]
+
+
+def test_the_expected_share_of_unseen_minima_is_about_right() -> None:
+    # Five basins with shares drawn uniformly from the simplex, the prior of the formula: over
+    # many sets of 12 searches the mean of the estimate is the mean of the true unseen share.
+    rng = np.random.default_rng(0)
+    estimates, truths = [], []
+    for _ in range(4000):
+        shares = rng.dirichlet(np.ones(5))
+        seen = rng.choice(5, size=12, p=shares)
+        found = len(set(seen.tolist()))
+        estimates.append(found * (found + 1) / (12 * 11))
+        truths.append(1 - shares[sorted(set(seen.tolist()))].sum())
+    # The formula does not know that there are five; it is cautious, not far off.
+    assert np.mean(truths) < np.mean(estimates) < 4 * np.mean(truths)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: jax.tree.map(lambda a: a[0], e), "expected a batch of events"),
+        (lambda e: jax.tree.map(lambda a: a[:0], e), "at least one event"),
+        (lambda e: jax.tree.map(lambda a: a[:, :3], e), r"\(n, 5, 2\)"),
+        (lambda e: eqx.tree_at(lambda e: e.y, e, e.y.at[1].set(jnp.nan)), r"index \(1, "),
+    ],
+)
+def test_bad_events_are_refused(change, message) -> None:
+    problem = lorenz63()
+    _, events = problem.batch(jax.random.key(0), 3)
+    with pytest.raises(InvalidEventError, match=message):
+        _oracle(problem)(change(events), key=jax.random.key(0))
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="starts >= 3"):
+        _oracle(lorenz63(), starts=2)
