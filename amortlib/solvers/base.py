@@ -127,7 +127,14 @@ def analyse(
     value = energy(mode, event)
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(v))
     result = optx.RESULTS.where(finite, result, optx.RESULTS.nonfinite)
-    gradient = residual_jacobian(energy, v, event, mode=by).T @ energy.residual(v, event)
+    jacobian, residual = residual_jacobian(energy, v, event, mode=by), energy.residual(v, event)
+    gradient = jacobian.T @ residual
+    # A minimiser that asks for steps smaller than rounding allows runs out of steps at the
+    # minimum. There the gradient is zero to the rounding of the sum that makes it.
+    rounding = 8 * jnp.finfo(v.dtype).eps * jnp.linalg.norm(jacobian) * jnp.linalg.norm(residual)
+    there = jnp.linalg.norm(gradient) <= rounding
+    out_of_steps = result == optx.RESULTS.nonlinear_max_steps_reached
+    result = optx.RESULTS.where(there & out_of_steps, optx.RESULTS.successful, result)
     analysis = Analysis(
         mode=mode,
         energy=value,

@@ -15,6 +15,8 @@ from amortlib.problems import ornstein_uhlenbeck
 from amortlib.solvers import importance_sample
 from amortlib.types import Event
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 40_000
 
 
