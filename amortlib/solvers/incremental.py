@@ -86,10 +86,11 @@ class IncrementalFourDVar(AbstractSolver):
             )
             limit = min(r.size, v.size) + 5 if self.max_inner is None else self.max_inner
             # The absolute part matters: an entry of the gradient may be zero and stay so.
-            atol = self.inner_tolerance * jnp.max(jnp.abs(gradient))
-            solver = lx.CG(rtol=self.inner_tolerance, atol=atol, max_steps=limit)
-            solution = lx.linear_solve(operator, -gradient, solver, throw=False)
-            dv = solution.value
+            tol = self.inner_tolerance
+            unit = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(v.dtype).tiny)
+            solver = lx.CG(rtol=tol, atol=tol, max_steps=limit)
+            solution = lx.linear_solve(operator, -gradient / unit, solver, throw=False)
+            dv = unit * solution.value
             new_v = v + dv
             new_r = scaled(new_v)
             new_j = cost(new_v, new_r)
