@@ -20,8 +20,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from amortlib.export import CheckpointError, load, read_settings, save
-from amortlib.heads.base import Fixed
-from amortlib.types import Array, Key, PyTree
+from amortlib.types import Array, Fixed, Key, PyTree
 
 __all__ = ["FitResult", "TrainingDivergedError", "fit", "trainable"]
 

@@ -1,4 +1,4 @@
-"""Array aliases and the one record of an event: values, mask and, where known, error bars."""
+"""Array aliases, the record of an event (values, mask, error bars), and what training leaves."""
 
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 Key: TypeAlias = PRNGKeyArray
 Array: TypeAlias = jax.Array
 
-__all__ = ["Array", "Event", "InvalidEventError", "Key", "PyTree", "as_event", "to_double"]
+__all__ = ["Array", "Event", "Fixed", "InvalidEventError", "Key", "PyTree", "as_event", "to_double"]
 
 
 class InvalidEventError(ValueError):
@@ -48,6 +48,23 @@ class Event(eqx.Module):
     def error_sd(self) -> Float[Array, "*obs"] | None:
         """`sd` with ones at masked entries, so that it can be divided by; `None` stays `None`."""
         return None if self.sd is None else jnp.where(self.mask, self.sd, 1.0)
+
+
+class Fixed(eqx.Module):
+    """Something a model carries and training must not move: a prior, a scale, a grid.
+
+    Attributes:
+        tree: what is carried. Read it through `value`.
+    """
+
+    tree: Any
+
+    @property
+    def value(self) -> Any:
+        """The tree, through which no gradient flows."""
+        return jax.tree.map(
+            lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, self.tree
+        )
 
 
 def to_double(tree: PyTree) -> PyTree:

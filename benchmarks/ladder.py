@@ -89,7 +89,7 @@ def incremental_rows(events: int, repeats: int) -> list[dict[str, float]]:
             energy, batch = to_double((Energy(problem.prior, problem.forward), batch))
             solvers: dict[str, AbstractSolver] = {
                 "bfgs": StrongFourDVar(energy, minimiser=optx.BFGS(1e-8, 1e-8)),
-                "incremental": IncrementalFourDVar(energy, 1e-5, max_outer=96),
+                "incremental": IncrementalFourDVar(energy, 5e-5, damping=1.0, quasi_static=2),
             }
             answers, seconds = {}, {}
             for name, solver in solvers.items():

@@ -13,11 +13,11 @@ import pytest
 import amortlib.training as training
 from amortlib.export import CheckpointError, read_settings, save
 from amortlib.gaussian import condition, kl
-from amortlib.heads.base import Fixed
 from amortlib.objectives import nll
 from amortlib.posterior import regression_posterior
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.training import FitResult, TrainingDivergedError, fit, trainable
+from amortlib.types import Fixed
 
 KEY = jax.random.key(0)
 SLOPE = np.array([1.5, -0.5], np.float32)

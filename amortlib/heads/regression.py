@@ -13,8 +13,8 @@ from jaxtyping import ArrayLike, Float, Int
 
 from amortlib.encoders import SiteContext
 from amortlib.gaussian import Gaussian, GaussMarkov
-from amortlib.heads.base import AbstractHead, Fixed
-from amortlib.types import Array, Key
+from amortlib.heads.base import AbstractHead
+from amortlib.types import Array, Fixed, Key
 
 __all__ = ["CholeskyHead", "DiagonalHead", "InformationHead"]
 

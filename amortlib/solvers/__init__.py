@@ -1,6 +1,7 @@
 """Solvers: one method a file, all (y, mask) -> Analysis, from optimal interpolation upwards."""
 
 from amortlib.solvers.base import AbstractSolver, Analysis
+from amortlib.solvers.fourdvarnet import FourDVarNet, FourDVarNetwork, reconstruction, trajectories
 from amortlib.solvers.incremental import IncrementalFourDVar
 from amortlib.solvers.oi import OptimalInterpolation
 from amortlib.solvers.oracle import Oracle, OracleAnalysis
@@ -12,6 +13,8 @@ from amortlib.solvers.weak import WeakFourDVar
 __all__ = [
     "AbstractSolver",
     "Analysis",
+    "FourDVarNet",
+    "FourDVarNetwork",
     "IncrementalFourDVar",
     "OptimalInterpolation",
     "Oracle",
@@ -21,4 +24,6 @@ __all__ = [
     "WeakFourDVar",
     "WeightedSample",
     "importance_sample",
+    "reconstruction",
+    "trajectories",
 ]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from amortlib.energy import Energy
 from amortlib.solvers.base import AbstractSolver, Analysis, analyse
@@ -37,6 +37,11 @@ class IncrementalFourDVar(AbstractSolver):
     *Approximate Gauss-Newton methods for nonlinear least squares problems*, SIAM J. Optim. 18, say
     when plain steps converge.
 
+    J of a long window folds into many minima where that of its first part has one. Pires, Vautard
+    and Talagrand (1996), *On extending the limits of variational assimilation in nonlinear chaotic
+    systems*, Tellus 48A, let the times of the observations in one after the other and follow the
+    minimum: quasi-static assimilation.
+
     Attributes:
         energy: J. Its forward model needs both kinds of products (`diffrax.DirectAdjoint`).
         tolerance: ends where the norm of the gradient in v is below this, relative to one plus the
@@ -51,6 +56,8 @@ class IncrementalFourDVar(AbstractSolver):
             one batch, and let inner steps multiply by it; else make them run the linear models.
             By default up to 16 controls: a small model is bound by its time loop, and one batch
             of runs costs hardly more than one run.
+        quasi_static: outer steps, at most, before the next of the observed times is let in; the
+            leading axis of y is time. By default all are there from the start.
     """
 
     energy: Energy
@@ -60,6 +67,7 @@ class IncrementalFourDVar(AbstractSolver):
     max_inner: int | None = eqx.field(static=True, default=None)
     damping: float = eqx.field(static=True, default=10.0)
     matrix: bool | None = eqx.field(static=True, default=None)
+    quasi_static: int | None = eqx.field(static=True, default=None)
 
     def __call__(
         self, event: Event, *, throw: bool = True, start: Float[Array, " d"] | None = None
@@ -72,15 +80,22 @@ class IncrementalFourDVar(AbstractSolver):
         def scaled(v):
             return energy.residual(v, event)[v.size :]
 
-        def cost(v, r):
-            return 0.5 * (jnp.sum(v**2) + jnp.sum(r**2))
+        level, last = self._levels(event)
+
+        def cost(v, r, stage):
+            return 0.5 * (jnp.sum(v**2) + jnp.sum(jnp.where(level <= stage, r, 0.0) ** 2))
 
         def step(carry):
-            v, r, j, damping, growth, outer, inner, _ = carry
+            v, r, damping, growth, stage, within, outer, inner, _ = carry
             tangent, adjoint = self._models(scaled, v)
-            gradient = v + adjoint(r)
+            j = cost(v, r, stage)
+
+            def weighted_adjoint(r):
+                return adjoint(jnp.where(level <= stage, r, 0.0))
+
+            gradient = v + weighted_adjoint(r)
             operator = lx.FunctionLinearOperator(
-                lambda dv: (1.0 + damping) * dv + adjoint(tangent(dv)),
+                lambda dv: (1.0 + damping) * dv + weighted_adjoint(tangent(dv)),
                 jax.ShapeDtypeStruct(v.shape, v.dtype),
                 lx.positive_semidefinite_tag,
             )
@@ -93,51 +108,61 @@ class IncrementalFourDVar(AbstractSolver):
             dv = unit * solution.value
             new_v = v + dv
             new_r = scaled(new_v)
-            new_j = cost(new_v, new_r)
+            new_j = cost(new_v, new_r, stage)
             small = jnp.linalg.norm(gradient) <= self.tolerance * (1.0 + jnp.linalg.norm(v))
             # By how much the quadratic cost says that J falls: below rounding, nothing is left.
             quadratic = -0.5 * jnp.dot(gradient, dv) + 0.5 * damping * jnp.sum(dv**2)
-            done = small | (quadratic <= eps * j)
+            still = small | (quadratic <= eps * j)
             ratio = jnp.where(jnp.isfinite(new_j), (j - new_j) / quadratic, -1.0)
             keep = (ratio > 1e-4) & ~small
             # Nielsen (1999), Damping parameter in Marquardt's method, section 2.2.
             eased = damping * jnp.maximum(0.1, 1.0 - (2.0 * ratio - 1.0) ** 3)
             eased = jnp.where(eased < 1e-3, 0.0, eased)
-            damping = jnp.where(keep, eased, jnp.maximum(growth * damping, 0.1))
-            growth = jnp.where(keep, 2.0, 2.0 * growth)
+            tightened = jnp.where(small, damping, jnp.maximum(growth * damping, 0.1))
+            more = (stage < last) & (still | (within + 1 >= (self.quasi_static or 0)))
             return (
                 jnp.where(keep, new_v, v),
                 jnp.where(keep, new_r, r),
-                jnp.where(keep, new_j, j),
-                damping,
-                growth,
+                jnp.where(keep, eased, tightened),
+                jnp.where(keep | small, 2.0, 2.0 * growth),
+                stage + more,
+                jnp.where(more, 0, within + 1),
                 outer + 1,
                 inner + solution.stats["num_steps"],
-                done,
+                still & (stage >= last),
             )
 
         def going_on(carry):
-            return (carry[5] < self.max_outer) & ~carry[7]
+            return (carry[6] < self.max_outer) & ~carry[8]
 
-        r = scaled(first)
         zero, undamped = jnp.asarray(0), jnp.zeros((), first.dtype)
         begin = (
             first,
-            r,
-            cost(first, r),
+            scaled(first),
             undamped + self.damping,
             undamped + 2.0,
             zero,
             zero,
+            zero,
+            zero,
             jnp.asarray(False),
         )
-        v, _, _, _, _, outer, inner, done = jax.lax.while_loop(going_on, step, begin)
+        v, *_, outer, inner, done = jax.lax.while_loop(going_on, step, begin)
         result = optx.RESULTS.where(
             done, optx.RESULTS.successful, optx.RESULTS.nonlinear_max_steps_reached
         )
         return analyse(
             energy, v, event, outer_steps=outer, inner_steps=inner, result=result, throw=throw
         )
+
+    def _levels(self, event: Event) -> tuple[Int[Array, " r"], Int[Array, ""]]:
+        """For each entry of y the stage at which it is let in, and the last stage there is."""
+        if not self.quasi_static:
+            return jnp.zeros(event.mask.size, int), jnp.asarray(0)
+        seen = event.mask.reshape(event.mask.shape[0], -1).any(axis=1)
+        rank = jnp.maximum(jnp.cumsum(seen) - 1, 0)
+        shape = (-1,) + (1,) * (event.mask.ndim - 1)
+        return jnp.broadcast_to(rank.reshape(shape), event.mask.shape).reshape(-1), rank[-1]
 
     def _models(
         self, scaled: Callable[[Array], Array], v: Float[Array, " d"]
