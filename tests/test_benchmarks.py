@@ -10,7 +10,7 @@ import pytest
 
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
-from benchmarks import make_weights
+from benchmarks import fourdvarnet, make_weights
 from benchmarks.regression_ou import (
     FRACTIONS,
     MEDIAN_KL,
@@ -39,12 +39,19 @@ def test_the_default_head_holds_the_bars() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "column"), [("regression_ou", "KL"), ("make_weights", "KL"), ("ladder", "BFGS")]
+    ("name", "column"),
+    [
+        ("regression_ou", "KL"),
+        ("make_weights", "KL"),
+        ("ladder", "BFGS"),
+        ("fourdvarnet", "plain on J"),
+    ],
 )
 def test_a_quick_run_prints_its_table_and_writes_its_data(
     name: str, column: str, tmp_path: Path
 ) -> None:
-    before = make_weights.FILE.read_bytes()
+    files = (make_weights.FILE, fourdvarnet.FILE)
+    before = [file.read_bytes() for file in files]
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(out)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -57,4 +64,4 @@ def test_a_quick_run_prints_its_table_and_writes_its_data(
         assert {"name", "value", "bar", "holds"} <= set(bar)
         assert isinstance(bar["holds"], bool)
     assert data["bars"]
-    assert make_weights.FILE.read_bytes() == before, "a quick run writes no weights"
+    assert [file.read_bytes() for file in files] == before, "a quick run writes no weights"

@@ -1,6 +1,7 @@
 """Heads that pages load instead of training: how each is built, made, and read back.
 
-Weights are made by `python -m benchmarks.make_weights`, which records what they reach.
+Weights are made by `python -m benchmarks.make_weights` and `python -m benchmarks.fourdvarnet`,
+which record what they reach.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from typing import Any
 
 import jax
 
-from amortlib.export import build_and_load
+from amortlib.energy import Energy
+from amortlib.export import build_and_load, read_settings
+from amortlib.gaussian import Gaussian
 from amortlib.posterior import AmortizedPosterior, regression_posterior
-from amortlib.problems import InverseProblem, ornstein_uhlenbeck
+from amortlib.problems import InverseProblem, Window, lorenz63, ornstein_uhlenbeck
+from amortlib.solvers import FourDVarNet, FourDVarNetwork
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 OU_FILE = WEIGHTS / "ou_information.safetensors"
+FOURDVARNET_FILE = WEIGHTS / "lorenz63_fourdvarnet.safetensors"
 OU_NOISE = (0.1, 1.0)
 """Standard deviations of the observation error that the head was trained for."""
 
@@ -38,3 +43,37 @@ def load_ou_head() -> tuple[AmortizedPosterior, InverseProblem]:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.
     """
     return build_and_load(OU_FILE, build_ou), ou_problem()
+
+
+def build_fourdvarnet(sizes: dict[str, int], **_: Any) -> FourDVarNetwork:
+    """The untrained network that the file's settings describe."""
+    window, prior = _lorenz63()
+    seed = sizes["seed"]
+    rest = {name: size for name, size in sizes.items() if name != "seed"}
+    return FourDVarNetwork(
+        window.operator,
+        key=jax.random.key(seed),
+        centre=prior.loc,
+        scale=prior.sd(),
+        states=window.states,
+        **rest,
+    )
+
+
+def load_fourdvarnet() -> tuple[FourDVarNet, dict[str, Any]]:
+    """The trained solver for the standard Lorenz-63 window, and the record of its training.
+
+    Raises:
+        amortlib.CheckpointError: where the file is missing or damaged, with what to do.
+    """
+    network = build_and_load(FOURDVARNET_FILE, build_fourdvarnet)
+    window, prior = _lorenz63()
+    return FourDVarNet(Energy(prior, window), network), read_settings(FOURDVARNET_FILE)["record"]
+
+
+def _lorenz63() -> tuple[Window, Gaussian]:
+    problem = lorenz63()
+    window, prior = problem.forward, problem.prior
+    if not isinstance(window, Window) or not isinstance(prior, Gaussian):
+        raise TypeError("expected the standard Lorenz-63 problem to have a Window and a Gaussian")
+    return window, prior

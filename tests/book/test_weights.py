@@ -12,6 +12,7 @@ from _kit import heads
 from amortlib.export import CheckpointError, build_and_load, read_settings
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
+from benchmarks import fourdvarnet
 from benchmarks.regression_ou import FRACTIONS, measure
 
 
@@ -64,3 +65,26 @@ def test_the_untrained_template_is_not_the_shipped_head() -> None:
         lambda a, b: bool((a == b).all()), model.head.gain.weight, template.head.gain.weight
     )
     assert not same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(fourdvarnet.PATTERNS))
+def test_the_shipped_4dvarnet_beats_plain_gradient_steps(name: str) -> None:
+    """1,024 windows that the benchmark has not seen, at gaps it was trained on and others.
+
+    It must be better than 15 plain steps, and as good as the file's own record says, within five
+    standard errors of the difference: a false alarm in a million.
+    """
+    solver, record = heads.load_fourdvarnet()
+    figures = fourdvarnet.measure(solver.network, fourdvarnet.PATTERNS[name], events=1024, seed=202)
+    assert solver.network.steps <= fourdvarnet.PLAIN_STEPS
+    assert figures["fourdvarnet"] < figures["plain_on_its_cost"]
+    assert figures["fourdvarnet"] < figures["plain_on_j"]
+    recorded = record["metrics"][name]
+    error = math.hypot(figures["fourdvarnet_error"], recorded["fourdvarnet_error"])
+    assert abs(figures["fourdvarnet"] - recorded["fourdvarnet"]) < 5 * error
+    assert error < 0.1 * recorded["fourdvarnet"], "else the test could not fail"
+
+
+def test_the_weights_of_the_4dvarnet_are_small() -> None:
+    assert heads.FOURDVARNET_FILE.stat().st_size <= fourdvarnet.LARGEST_FILE
