@@ -104,6 +104,11 @@ class Gaussian(AbstractDistribution):
         """Squared distance from the mean in the metric of the precision, |x - loc|^2_{B^-1}."""
         return jnp.sum(self.whiten(x) ** 2)
 
+    def entropy(self) -> Float[Array, ""]:
+        """-E log q = d/2 log(2 pi e) + half the log-determinant of the covariance, in nats."""
+        half_log_det = jnp.sum(jnp.log(jnp.diagonal(self.chol)))
+        return half_log_det + 0.5 * self.loc.size * (1.0 + _LOG_2PI)
+
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
         z = jax.random.normal(key, (n, self.loc.size), self.loc.dtype)
@@ -242,6 +247,10 @@ class GaussMarkov(AbstractDistribution):
     def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density at `x`."""
         return -0.5 * self.mahalanobis(x) + self.half_log_det_precision() - 0.5 * x.size * _LOG_2PI
+
+    def entropy(self) -> Float[Array, ""]:
+        """-E log q = d/2 log(2 pi e) minus half the log-determinant of the precision, in nats."""
+        return 0.5 * self.loc.size * (1.0 + _LOG_2PI) - self.half_log_det_precision()
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""

@@ -1,13 +1,18 @@
 """What training minimises: each objective maps a model, a batch and a key to a number."""
 
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from amortlib.energy import Energy
+from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
 from amortlib.posterior import AmortizedPosterior
 from amortlib.types import Array, Event, Key
 
-__all__ = ["nll"]
+__all__ = ["NegativeELBO", "elbo", "nll"]
 
 
 def nll(
@@ -21,3 +26,84 @@ def nll(
     """
     x, event = batch
     return -jnp.mean(jax.vmap(model.log_prob)(x, event))
+
+
+def elbo(
+    q: AbstractDistribution, energy: Energy, event: Event, n: int, *, key: Key
+) -> Float[Array, ""]:
+    """Evidence lower bound -E_q[J] + H[q] = log Z(y, m) - KL(q || p), in nats, from `n` draws.
+
+    Its expectation is never more than log Z, and is log Z at the posterior and nowhere else:
+    Jordan, Ghahramani, Jaakkola and Saul (1999), *An introduction to variational methods for
+    graphical models*, Machine Learning 37, section 6; Z is that of exp(-J), so that constants
+    which J leaves out are left out here too.
+
+    J is averaged over draws and the gradient of the result passes through them (the
+    reparameterisation of Kingma and Welling 2014, arXiv:1312.6114, section 2.4): value and
+    gradient are unbiased for every `n`. The entropy of a Gaussian is exact. That of another
+    density is minus the mean of log q over the same draws; there the sum is log Z without any
+    error where q is the posterior, draw by draw. `q.sample` has to be a differentiable map of
+    its noise.
+
+    Args:
+        q: density of the state, shape `(d,)`.
+        energy: J.
+        event: the event; masked entries count for nothing.
+        n: number of draws.
+        key: draws them.
+
+    Raises:
+        ValueError: on less than one draw.
+    """
+    if n < 1:
+        raise ValueError(f"expected at least one draw, got n={n}")
+    x = q.sample(n, key=key)
+    if isinstance(q, Gaussian | GaussMarkov):
+        entropy = q.entropy()
+    else:
+        entropy = -jnp.mean(jax.vmap(q.log_prob)(x))
+    return entropy - jnp.mean(jax.vmap(lambda x: energy(x, event))(x))
+
+
+class NegativeELBO(eqx.Module):
+    """Mean over a batch of events of minus the [`elbo`][] of the model's answer, in nats.
+
+    Its expectation is E_y KL(q(x | y) || p(x | y)) plus a constant, the reverse KL divergence
+    averaged over events: amortized variational inference (Kingma and Welling 2014,
+    arXiv:1312.6114, equation 3). The states of the pairs are not read; J and its gradient are.
+
+    Where q is far from the posterior J is huge, and so is its gradient: clip it, or start from
+    a model that [`nll`][] has trained.
+
+    Attributes:
+        energy: J.
+        samples: draws of q for each event.
+    """
+
+    energy: Energy
+    samples: int = eqx.field(static=True, default=8)
+
+    def __check_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"expected samples >= 1, got {self.samples}")
+
+    def __call__(
+        self,
+        model: Callable[[Event], AbstractDistribution],
+        batch: tuple[Array, Event],
+        key: Key,
+    ) -> Float[Array, ""]:
+        """The loss on a batch; each event has draws of its own.
+
+        Args:
+            model: event -> density: an amortized posterior, or the free density of one event.
+            batch: states, shape `(n, d)`, and events with a leading axis of n.
+            key: draws from the densities.
+        """
+        _, events = batch
+        keys = jax.random.split(key, events.y.shape[0])
+
+        def one(event, key):
+            return elbo(model(event), self.energy, event, self.samples, key=key)
+
+        return -jnp.mean(jax.vmap(one)(events, keys))

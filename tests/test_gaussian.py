@@ -80,6 +80,7 @@ def test_dense_density_is_that_of_scipy(x64, d, form):
     np.testing.assert_allclose(density.covariance(), cov, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(density.precision(), np.linalg.inv(cov), rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(density.sd(), np.sqrt(np.diag(cov)), rtol=1e-10)
+    np.testing.assert_allclose(density.entropy(), reference.entropy(), rtol=1e-10)
     np.testing.assert_array_equal(density.mode(), mean)
     np.testing.assert_array_equal(density.mean(), mean)
     assert np.all(np.triu(np.asarray(density.chol), 1) == 0)
@@ -127,6 +128,7 @@ def test_markov_is_the_dense_density(x64, sites, block):
             "sd": density.sd(),
             "information": density.information(),
             "log_det": density.half_log_det_precision(),
+            "entropy": density.entropy(),
             "precision_blocks": density.precision_blocks(),
             "covariance_blocks": density.covariance_blocks(),
         }
@@ -138,6 +140,7 @@ def test_markov_is_the_dense_density(x64, sites, block):
         "sd": np.sqrt(np.diag(cov)),
         "information": prec @ mean,
         "log_det": 0.5 * np.linalg.slogdet(prec)[1],
+        "entropy": reference.entropy(),
         "precision_blocks": blocks(prec, block),
         "covariance_blocks": blocks(cov, block),
     }
