@@ -23,10 +23,16 @@ import numpy as np
 import optax
 
 from amortlib.energy import Energy
-from amortlib.export import save
+from amortlib.export import build_and_load, save
 from amortlib.observation import AbstractGaps, ContiguousGaps, Dropouts
 from amortlib.problems import Window, lorenz63
-from amortlib.solvers import FourDVarNet, FourDVarNetwork, reconstruction, trajectories
+from amortlib.solvers import (
+    FourDVarNet,
+    FourDVarNetwork,
+    fourdvar_network,
+    reconstruction,
+    trajectories,
+)
 from amortlib.training import fit
 from amortlib.types import Array, Event
 from benchmarks.report import Bar, arguments, finish, table
@@ -44,21 +50,15 @@ PATTERNS: dict[str, AbstractGaps] = {
 LARGEST_FILE = 500_000
 
 
-def build(*, steps: int, width: int, memory: int, seed: int = 0) -> FourDVarNetwork:
-    """The untrained network for the standard Lorenz-63 window."""
-    problem = lorenz63()
-    window, prior = problem.forward, problem.prior
-    assert isinstance(window, Window)
-    assert prior is not None
-    return FourDVarNetwork(
-        window.operator,
-        key=jax.random.key(seed),
-        centre=prior.loc,
-        scale=prior.sd(),
-        states=window.states,
-        steps=steps,
-        width=width,
-        memory=memory,
+def load() -> FourDVarNetwork:
+    """The shipped network.
+
+    Raises:
+        amortlib.CheckpointError: where the file is missing or damaged.
+    """
+    key = jax.random.key(SEEDS["weights"])
+    return build_and_load(
+        FILE, lambda sizes, record: fourdvar_network(lorenz63(), key=key, **sizes)
     )
 
 
@@ -71,7 +71,7 @@ def train(*, steps: int, batch: int = BATCH) -> tuple[FourDVarNetwork, float]:
     )
     start = time.perf_counter()
     result = fit(
-        build(**SIZES, seed=SEEDS["weights"]),
+        fourdvar_network(problem, key=jax.random.key(SEEDS["weights"]), **SIZES),
         reconstruction,
         trajectories(problem, batch),
         key=jax.random.key(SEEDS["training"]),
@@ -188,7 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key, label in (("plain_on_its_cost", "plain on U"), ("plain_on_j", "plain on J"))
     ]
     if not args.quick and all(bar.holds for bar in bars):
-        settings = {**SIZES, "seed": SEEDS["weights"]}
         record = {
             "steps": steps,
             "batch": BATCH,
@@ -197,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seeds": SEEDS,
             "metrics": metrics,
         }
-        save(FILE, network, settings={"sizes": settings, "record": record})
+        save(FILE, network, settings={"sizes": SIZES, "record": record})
         print(f"wrote {FILE.relative_to(FILE.parent.parent.parent)}, {FILE.stat().st_size} bytes")
         bars.append(Bar.check("bytes of the file", FILE.stat().st_size, "<=", LARGEST_FILE))
     return finish(args, name="fourdvarnet", results=metrics, bars=bars, seeds=SEEDS)

@@ -43,7 +43,7 @@ def test_the_default_head_holds_the_bars() -> None:
     [
         ("regression_ou", "KL"),
         ("make_weights", "KL"),
-        ("ladder", "BFGS"),
+        ("ladder", "multi-start 4DVar"),
         ("fourdvarnet", "plain on J"),
     ],
 )

@@ -32,7 +32,7 @@ def resolve() -> str:
         command += ["--extra", extra]
     # One version for all supported Pythons, so that every reader runs the same book.
     command += ["--universal", "--python-version", "3.11", "--fork-strategy", "fewest"]
-    command += ["--no-emit-index-url", "--no-header", "--no-annotate"]
+    command += ["--no-header", "--no-annotate"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"uv could not resolve pyproject.toml:\n{run.stderr}")

@@ -1,7 +1,13 @@
 """Solvers: one method a file, all (y, mask) -> Analysis, from optimal interpolation upwards."""
 
 from amortlib.solvers.base import AbstractSolver, Analysis
-from amortlib.solvers.fourdvarnet import FourDVarNet, FourDVarNetwork, reconstruction, trajectories
+from amortlib.solvers.fourdvarnet import (
+    FourDVarNet,
+    FourDVarNetwork,
+    fourdvar_network,
+    reconstruction,
+    trajectories,
+)
 from amortlib.solvers.incremental import IncrementalFourDVar
 from amortlib.solvers.oi import OptimalInterpolation
 from amortlib.solvers.oracle import Oracle, OracleAnalysis
@@ -23,6 +29,7 @@ __all__ = [
     "ThreeDVar",
     "WeakFourDVar",
     "WeightedSample",
+    "fourdvar_network",
     "importance_sample",
     "reconstruction",
     "trajectories",

@@ -14,7 +14,14 @@ from amortlib.problems import InverseProblem, Window
 from amortlib.solvers.base import AbstractSolver, Analysis, analyse
 from amortlib.types import Array, Event, Fixed, InvalidEventError, Key
 
-__all__ = ["FourDVarNet", "FourDVarNetwork", "LearnedPrior", "reconstruction", "trajectories"]
+__all__ = [
+    "FourDVarNet",
+    "FourDVarNetwork",
+    "LearnedPrior",
+    "fourdvar_network",
+    "reconstruction",
+    "trajectories",
+]
 
 
 class LearnedPrior(eqx.Module):
@@ -207,6 +214,31 @@ def _window(forward: Any) -> Window:
             f"{type(forward).__name__}"
         )
     return forward
+
+
+def fourdvar_network(problem: InverseProblem, *, key: Key, **sizes: int) -> FourDVarNetwork:
+    """An untrained network for a problem's window, in the units of its background.
+
+    Args:
+        problem: one with a strong-constraint window and a prior.
+        key: initialises the weights.
+        sizes: passed on to [`FourDVarNetwork`][] (`steps`, `width`, `memory`).
+
+    Raises:
+        ValueError: on another forward model than a [`Window`][amortlib.problems.Window], or a
+            problem without its prior.
+    """
+    window = _window(problem.forward)
+    if problem.prior is None:
+        raise ValueError("expected a problem with its prior: the states are scaled by it")
+    return FourDVarNetwork(
+        window.operator,
+        key=key,
+        centre=problem.prior.mean(),
+        scale=problem.prior.sd(),
+        states=window.states,
+        **sizes,
+    )
 
 
 def trajectories(

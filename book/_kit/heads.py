@@ -13,10 +13,9 @@ import jax
 
 from amortlib.energy import Energy
 from amortlib.export import build_and_load, read_settings
-from amortlib.gaussian import Gaussian
 from amortlib.posterior import AmortizedPosterior, regression_posterior
-from amortlib.problems import InverseProblem, Window, lorenz63, ornstein_uhlenbeck
-from amortlib.solvers import FourDVarNet, FourDVarNetwork
+from amortlib.problems import InverseProblem, lorenz63, ornstein_uhlenbeck
+from amortlib.solvers import FourDVarNet, FourDVarNetwork, fourdvar_network
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 OU_FILE = WEIGHTS / "ou_information.safetensors"
@@ -47,17 +46,7 @@ def load_ou_head() -> tuple[AmortizedPosterior, InverseProblem]:
 
 def build_fourdvarnet(sizes: dict[str, int], **_: Any) -> FourDVarNetwork:
     """The untrained network that the file's settings describe."""
-    window, prior = _lorenz63()
-    seed = sizes["seed"]
-    rest = {name: size for name, size in sizes.items() if name != "seed"}
-    return FourDVarNetwork(
-        window.operator,
-        key=jax.random.key(seed),
-        centre=prior.loc,
-        scale=prior.sd(),
-        states=window.states,
-        **rest,
-    )
+    return fourdvar_network(lorenz63(), key=jax.random.key(0), **sizes)
 
 
 def load_fourdvarnet() -> tuple[FourDVarNet, dict[str, Any]]:
@@ -67,13 +56,6 @@ def load_fourdvarnet() -> tuple[FourDVarNet, dict[str, Any]]:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.
     """
     network = build_and_load(FOURDVARNET_FILE, build_fourdvarnet)
-    window, prior = _lorenz63()
-    return FourDVarNet(Energy(prior, window), network), read_settings(FOURDVARNET_FILE)["record"]
-
-
-def _lorenz63() -> tuple[Window, Gaussian]:
     problem = lorenz63()
-    window, prior = problem.forward, problem.prior
-    if not isinstance(window, Window) or not isinstance(prior, Gaussian):
-        raise TypeError("expected the standard Lorenz-63 problem to have a Window and a Gaussian")
-    return window, prior
+    solver = FourDVarNet(Energy(problem.prior, problem.forward), network)
+    return solver, read_settings(FOURDVARNET_FILE)["record"]

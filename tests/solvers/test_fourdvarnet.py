@@ -12,7 +12,13 @@ import pytest
 from amortlib.energy import Energy
 from amortlib.export import load, save
 from amortlib.problems import lorenz63, lorenz63_model_error, ornstein_uhlenbeck
-from amortlib.solvers import FourDVarNet, FourDVarNetwork, reconstruction, trajectories
+from amortlib.solvers import (
+    FourDVarNet,
+    FourDVarNetwork,
+    fourdvar_network,
+    reconstruction,
+    trajectories,
+)
 from amortlib.training import fit, trainable
 from amortlib.types import Event, InvalidEventError
 
@@ -25,6 +31,11 @@ KEY = jax.random.key(0)
 def network(steps: int = 4, **changes: Any) -> FourDVarNetwork:
     sizes = {"width": 8, "memory": 12, "centre": PRIOR.loc, "scale": PRIOR.sd(), "states": 10}
     return FourDVarNetwork(WINDOW.operator, key=KEY, steps=steps, **(sizes | changes))
+
+
+def test_a_network_for_a_problem_is_in_the_units_of_its_background():
+    made = fourdvar_network(PROBLEM, key=KEY, steps=4, width=8, memory=12)
+    assert eqx.tree_equal(made, network())
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +171,8 @@ def test_what_it_cannot_take_is_said(net, event):
     weak = lorenz63_model_error()
     with pytest.raises(ValueError, match=r"expected a Window .* got WeakWindow"):
         FourDVarNet(Energy(weak.prior, weak.forward), net)
+    with pytest.raises(ValueError, match="expected a problem with its prior"):
+        fourdvar_network(eqx.tree_at(lambda p: p.prior, PROBLEM, None), key=KEY)
     with pytest.raises(ValueError, match="expected a Window"):
         trajectories(ornstein_uhlenbeck(4, noise=0.3), 2)
 
