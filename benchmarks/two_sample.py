@@ -1,4 +1,4 @@
-"""Can a classifier tell two samples apart? The two-sample score by which posteriors are compared."""
+"""Can a classifier tell two samples apart? The score by which posteriors are compared."""
 
 from __future__ import annotations
 
