@@ -228,10 +228,10 @@ def draw_landscape(picture: LandscapePicture) -> Figure:
 
     ax = axes["plane"]
     ax.plot(*p.draws.T, ".", color=style.EXACT, markersize=3, label="posterior", zorder=1)
-    ellipse(ax, p.background, p.background_covariance, style.PRIOR, None, linestyle=":")
-    for mode, covariance, (color, marker, label) in zip(
-        p.modes, p.covariances, looks, strict=True
-    ):
+    ellipse(
+        ax, p.background, p.background_covariance, style.PRIOR, "background, 95%", linestyle=":"
+    )
+    for mode, covariance, (color, marker, label) in zip(p.modes, p.covariances, looks, strict=True):
         ax.plot(*mode, marker, color=color, markersize=8, label=label, zorder=4)
         if np.isfinite(covariance).all() and (np.linalg.eigvalsh(covariance) > 0).all():
             ellipse(ax, mode, covariance, color, None)

@@ -14,7 +14,6 @@ import numpy as np
 
 from _kit.figures import LandscapePicture, draw_landscape
 from amortlib.energy import Energy
-from amortlib.laplace import hessian
 from amortlib.observation import gap
 from amortlib.problems import InverseProblem
 from amortlib.solvers import IncrementalFourDVar, importance_sample
@@ -56,28 +55,30 @@ def _survey(
     def cost(v):
         return energy(prior.colour(v), seen)
 
-    bend, ways = jnp.linalg.eigh(jax.hessian(cost)(ends[low]))
+    curvatures = jax.vmap(jax.hessian(cost))(jax.vmap(prior.whiten)(modes))
+    bend, ways = jnp.linalg.eigh(curvatures[0])
     # The weakest direction, its sense fixed so that it does not flip from gap to gap.
     weakest = ways[:, 0] * jnp.sign(ways[jnp.argmax(jnp.abs(ways[:, 0])), 0])
     across = jnp.where(two, ends[next_low] - ends[low], weakest / jnp.sqrt(bend[0]))
-    at = jnp.where(two, jnp.linspace(-0.5, 1.5, 161), jnp.linspace(-4.0, 4.0, 161))
+    at = jnp.where(two, jnp.linspace(-0.3, 1.3, 321), jnp.linspace(-4.0, 4.0, 321))
     line = jax.vmap(lambda s: cost(ends[low] + s * across))(at)
 
     near = jnp.where((values <= values[low] + _RIVAL)[:, None], found.mode, modes[0])
     sample = importance_sample(energy, seen, near, _DRAWS, key=jax.random.key(1))
     weight = jnp.nan_to_num(sample.log_weight, nan=-jnp.inf)  # a forecast that overflows
     sample = eqx.tree_at(lambda s: s.log_weight, sample, weight)
-    curvatures = jax.vmap(lambda x: hessian(energy, x, seen))(modes)
-    off = sample.x - modes[0]
+    off = jax.vmap(prior.whiten)(sample.x) - prior.whiten(modes[0])
     held = jnp.einsum("ni,ij,nj->n", off, curvatures[0], off) <= _CHI2_95
+    root = jax.vmap(prior.colour, out_axes=1)(jnp.eye(prior.loc.size)) - prior.loc[:, None]
+    clean = jax.vmap(problem.forward)(jnp.concatenate([truth[None], modes]))
     return {
         "mask": at_times,
         "y": seen.values,
         "true_state": truth,
-        "true_path": problem.forward(truth),
-        "paths": jax.vmap(problem.forward)(modes),
+        "true_path": clean[0],
+        "paths": clean[1:],
         "modes": modes,
-        "covariances": jnp.linalg.inv(curvatures),
+        "covariances": root @ jnp.linalg.inv(curvatures) @ root.T,
         "two": two,
         "rise": rise,
         "at": at,
@@ -168,9 +169,7 @@ class EnergyLandscape(ipw.VBox):
     has none, the display is the picture for the settings it was made with.
     """
 
-    def __init__(
-        self, problem: InverseProblem, *, start: int = 0, length: int = 6, event: int = 0
-    ):
+    def __init__(self, problem: InverseProblem, *, start: int = 0, length: int = 6, event: int = 0):
         """Set the first position of the sliders.
 
         Args:
