@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from _kit.figures import draw_landscape
 from _kit.landscape import EnergyLandscape, _survey, energy_landscape, landscape_picture
+from _kit.windows import FixedSteps
 
 from amortlib.energy import Energy
 from amortlib.observation import Select
@@ -27,8 +28,9 @@ N = 6
 
 
 def window() -> InverseProblem:
-    """Six states with large steps: the smallest window whose J has more than one minimum."""
-    return lorenz63(states=N, dt=0.08, substeps=1, noise=2.0, operator=Select((0, 1)))
+    """Six states with large steps: a small window whose J may have more than one minimum."""
+    problem = lorenz63(states=N, dt=0.08, substeps=1, noise=2.0, operator=Select((0, 1)))
+    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,23 @@ def test_the_drawing_labels_what_it_shows(explorer: EnergyLandscape) -> None:
     legend = draw_landscape(explorer.picture()).legends[0]
     labels = {text.get_text() for text in legend.get_texts()}
     assert {"truth", "observations", "posterior", "lowest minimum"} <= labels
+
+
+@pytest.mark.slow
+def test_the_plain_loop_stands_in_for_the_window(x64: None) -> None:
+    """Of order four: halving its steps divides the difference to fine steps of diffrax by 16."""
+    fine = to_double(lorenz63(states=4, dt=0.1, substeps=32).forward)
+    start = jax.numpy.array([1.5, -1.5, 25.0])
+    want = np.asarray(eqx.filter_jit(fine.trajectory)(start))
+    off = []
+    for substeps in (8, 16):
+        loop = FixedSteps(fine.dynamics, fine.operator, fine.dt, fine.states, substeps)
+        got, seen, one = jax.jit(lambda x, w=loop: (w.trajectory(x), w(x), w.model(x)))(start)
+        off.append(np.abs(np.asarray(got) - want).max())
+        np.testing.assert_array_equal(seen, np.asarray(got)[::2, :2])
+        np.testing.assert_allclose(one, got[1], rtol=1e-12)
+    assert 12 < off[0] / off[1] < 20
+    assert FixedSteps.like(fine).substeps == 32
 
 
 def test_a_problem_that_does_not_fit_is_refused() -> None:
