@@ -104,6 +104,12 @@ def _count(ends: np.ndarray, values: np.ndarray) -> int:
     return len(kept)
 
 
+def _observed(problem: InverseProblem) -> tuple[int, ...]:
+    """Shape of the observations; the problem may be one in double precision."""
+    with jax.enable_x64(True):
+        return problem.shapes()[1]
+
+
 def landscape_picture(
     problem: InverseProblem,
     *,
@@ -131,16 +137,17 @@ def landscape_picture(
     """
     if problem.prior is None:
         raise ValueError("expected a problem with its prior: J needs it")
-    shape = problem.shapes()[1]
+    shape = _observed(problem)
     if len(shape) != 2:
         raise ValueError(f"expected observations of shape (times, components), got {shape}")
     with jax.enable_x64(True):
+        background = np.asarray(problem.prior.mean(), float)
+        spread = np.asarray(problem.prior.covariance(), float)
         here = (np.int64(event), np.int64(start), np.int64(length))
         found = {k: np.asarray(a) for k, a in _survey(to_double(problem), *here).items()}
     i, j = components
     shown = 2 if found["two"] else 1
     plane = np.ix_([i, j], [i, j])
-    prior = problem.prior
     return LandscapePicture(
         t=np.arange(shape[0]),
         mask=found["mask"],
@@ -151,8 +158,8 @@ def landscape_picture(
         true_state=found["true_state"][[i, j]],
         modes=found["modes"][:shown, [i, j]],
         covariances=np.stack([c[plane] for c in found["covariances"][:shown]]),
-        background=np.asarray(prior.mean(), float)[[i, j]],
-        background_covariance=np.asarray(prior.covariance(), float)[plane],
+        background=background[[i, j]],
+        background_covariance=spread[plane],
         draws=found["draws"][:, [i, j]],
         at=found["at"],
         line=found["line"],
@@ -179,7 +186,7 @@ class EnergyLandscape(ipw.VBox):
             event: which pair of the simulator.
         """
         self.problem = problem
-        n = problem.shapes()[1][0]
+        n = _observed(problem)[0]
         look = {
             "style": {"description_width": "7em"},
             "layout": ipw.Layout(width="100%", max_width="36em"),
