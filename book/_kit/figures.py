@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
 from numpy.typing import ArrayLike
 
 from _kit import style
@@ -100,4 +103,145 @@ def coverage_bars(
     ax.set_xticks(np.arange(levels.size), [f"{100 * level:.0f}%" for level in levels])
     ax.set(xlabel="stated coverage", ylabel="observed coverage (%)", ylim=(0, 105))
     figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def ellipse(
+    ax: Axes, centre: ArrayLike, covariance: ArrayLike, color: str, label: str | None, **look: Any
+) -> Ellipse:
+    """The ellipse that holds 95% of a Gaussian in the plane.
+
+    Args:
+        ax: where to draw.
+        centre: mean, `(2,)`.
+        covariance: `(2, 2)`.
+        color: of its line.
+        label: for the legend.
+        look: further settings of the patch.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(covariance, float))
+    width, height = 2 * np.sqrt(5.991 * values)
+    angle = float(np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0])))
+    settings = {"linewidth": 1.8, "zorder": 3} | look
+    patch = Ellipse(
+        tuple(np.asarray(centre, float)),
+        width,
+        height,
+        angle=angle,
+        fill=False,
+        edgecolor=color,
+        label=label,
+        **settings,
+    )
+    ax.add_patch(patch)
+    return patch
+
+
+@dataclass(frozen=True)
+class LandscapePicture:
+    """The minima of J for one gappy window, and what lies around them, as plain arrays.
+
+    Attributes:
+        t: observed times, `(n,)`.
+        mask: `True` = observed, `(n,)`.
+        y: observations of one component, `(n,)`; entries where `mask` is false are not drawn.
+        true_path: what would have been seen without error, `(n,)`.
+        paths: the same from each minimum, `(k, n)`, with k one or two.
+        names: of the two components of the plane.
+        true_state: truth in the plane, `(2,)`.
+        modes: minima in the plane, lowest first, `(k, 2)`.
+        covariances: Laplace's, from the full Hessian at each, `(k, 2, 2)`.
+        background: prior mean in the plane, `(2,)`.
+        background_covariance: its covariance, `(2, 2)`.
+        draws: of the reference, `(m, 2)`.
+        at: positions along the line: with two minima 0 and 1 are they, with one they are
+            standard deviations along the weakest direction.
+        line: J there minus J at the lowest minimum.
+        minima: how many different minima were found within 20 nats.
+        rise: J at the next one minus J at the lowest, infinite where there is none.
+        inside: share of the posterior in the ellipsoid that Laplace's approximation at the lowest
+            minimum takes for 95%.
+    """
+
+    t: np.ndarray
+    mask: np.ndarray
+    y: np.ndarray
+    true_path: np.ndarray
+    paths: np.ndarray
+    names: tuple[str, str]
+    true_state: np.ndarray
+    modes: np.ndarray
+    covariances: np.ndarray
+    background: np.ndarray
+    background_covariance: np.ndarray
+    draws: np.ndarray
+    at: np.ndarray
+    line: np.ndarray
+    minima: int
+    rise: float
+    inside: float
+
+    def words(self) -> str:
+        """The picture in a sentence or two, for whoever does not see it."""
+        missing = int((~self.mask).sum())
+        many = len(self.modes) > 1
+        found = (
+            f"J has {self.minima} minima within 20 nats, the second {self.rise:.1f} nats above the "
+            "lowest"
+            if many
+            else "J has one minimum within 20 nats"
+        )
+        return (
+            f"{missing} of {self.mask.size} times are missing; {found}. The region that Laplace's "
+            f"approximation at the lowest takes for 95% holds {100 * self.inside:.0f}% of the "
+            "posterior."
+        )
+
+
+def draw_landscape(picture: LandscapePicture) -> Figure:
+    """The paths from the minima, J along a line through them, and the plane of the control."""
+    p = picture
+    many = len(p.modes) > 1
+    figure = Figure(figsize=(6.4, 6.4))
+    axes = figure.subplot_mosaic([["path", "path"], ["line", "plane"]], height_ratios=[1.0, 1.35])
+    looks = [(style.AMORTIZED, "o", "lowest minimum"), (style.OBS, "s", "second minimum")]
+    looks = looks[: len(p.modes)]
+
+    ax = axes["path"]
+    style.gap_shade(ax, p.t, p.mask)
+    ax.plot(p.t, p.true_path, color=style.TRUTH, linewidth=1.2, label="truth")
+    for path, (color, _, _) in zip(p.paths, looks, strict=True):
+        ax.plot(p.t, path, color=color)
+    ax.plot(p.t[p.mask], p.y[p.mask], "x", color=style.INK, label="observations")
+    ax.set(xlabel="time step", ylabel=f"{p.names[0]}(t)", xlim=(p.t[0] - 0.5, p.t[-1] + 0.5))
+    ax.set_ylim(-24, 24)
+
+    ax = axes["line"]
+    ax.plot(p.at, p.line, color=style.EXACT)
+    ends = [(0.0, 0.0), (1.0, p.rise)]
+    for (at, value), (color, marker, _) in zip(ends, looks, strict=False):
+        ax.plot(at, value, marker, color=color, markersize=8, zorder=4)
+    top = max(8.0, 1.4 * p.rise) if many else 8.0
+    ax.set_ylim(-0.05 * top, top)
+    ax.set_title("J above its minimum")
+    ax.set_xlabel("first to second minimum" if many else "sd, weakest direction")
+
+    ax = axes["plane"]
+    ax.plot(*p.draws.T, ".", color=style.EXACT, markersize=3, label="posterior", zorder=1)
+    ellipse(
+        ax, p.background, p.background_covariance, style.PRIOR, "background, 95%", linestyle=":"
+    )
+    for mode, covariance, (color, marker, label) in zip(p.modes, p.covariances, looks, strict=True):
+        ax.plot(*mode, marker, color=color, markersize=8, label=label, zorder=4)
+        if np.isfinite(covariance).all() and (np.linalg.eigvalsh(covariance) > 0).all():
+            ellipse(ax, mode, covariance, color, None)
+    ax.plot(*p.true_state, "*", color=style.TRUTH, markersize=12, zorder=5)
+    spread = 3.0 * np.sqrt(np.diag(p.background_covariance))
+    ax.set_xlim(p.background[0] - spread[0], p.background[0] + spread[0])
+    ax.set_ylim(p.background[1] - spread[1], p.background[1] + spread[1])
+    ax.set(xlabel=f"{p.names[0]} at time 0", title=f"{p.names[1]} at time 0")
+
+    handles, labels = axes["path"].get_legend_handles_labels()
+    more = ax.get_legend_handles_labels()
+    figure.legend(handles + more[0], labels + more[1], loc="outside lower center", ncols=2)
     return figure
