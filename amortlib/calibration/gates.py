@@ -15,7 +15,7 @@ from amortlib.calibration.agreement import mode_distance
 from amortlib.calibration.coverage import density_rank, prior_pit, tarp_rank
 from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
 from amortlib.calibration.importance import importance_figures
-from amortlib.calibration.report import GateError, GateReport
+from amortlib.calibration.report import GateError, GateReport, check_sizes
 from amortlib.calibration.sbc import BINS, DRAWS, holm, rank, uniform_p
 from amortlib.energy import Energy
 from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
@@ -92,6 +92,7 @@ def run_gates(
         )
     truths = np.asarray(truths)
     _check_counts(events, truths, analysis)
+    check_sizes(truths.shape[0], draws, bins)
     _check_priors(posterior, problem, energy)
     _check_oracle(analysis)
     with jax.enable_x64(True):
@@ -104,7 +105,8 @@ def run_gates(
             model, energy_, events_ = to_double((posterior, energy, events))
         else:
             energy_, events_ = energy, events
-        keys = jax.random.split(key, n)
+        # By its number: what is drawn for an event does not depend on how many there are.
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
         size = min(batch, n)
         parts = []
         for start in range(0, n, size):

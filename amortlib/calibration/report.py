@@ -34,6 +34,21 @@ class GateError(ValueError):
     """
 
 
+def check_sizes(events: int, draws: int, bins: int) -> None:
+    """Whether the ranks of so many events among so many draws may be judged in so many bins.
+
+    Raises:
+        GateError: where they may not.
+    """
+    if bins < 2 or (draws + 1) % bins:
+        raise GateError(f"expected at least 2 bins that divide L + 1 = {draws + 1}, got {bins}")
+    if events < _LEAST * bins:
+        raise GateError(
+            f"expected at least {_LEAST * bins} events for {bins} bins, got {events}; "
+            "with fewer in a bin the chi-square law does not hold"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """One gate's answer.
@@ -141,15 +156,7 @@ class GateReport:
             ranks = getattr(self, name)
             if ranks is not None and (ranks.min() < 0 or ranks.max() > self.draws):
                 raise GateError(f"expected {name} from 0 to {self.draws}, got others")
-        if self.bins < 2 or (self.draws + 1) % self.bins:
-            raise GateError(
-                f"expected at least 2 bins that divide L + 1 = {self.draws + 1}, got {self.bins}"
-            )
-        if n < _LEAST * self.bins:
-            raise GateError(
-                f"expected at least {_LEAST * self.bins} events for {self.bins} bins, got {n}; "
-                "with fewer in a bin the chi-square law does not hold"
-            )
+        check_sizes(n, self.draws, self.bins)
         if not self.single.any():
             raise GateError(
                 f"expected at least one event with a single minimum, got none of {n}: on the "
