@@ -1,7 +1,7 @@
 """How well q stands in for exp(-J): KL, effective sample size and Pareto k-hat from its weights.
 
-All from one sample of q. None can know of probability where q never draws: a missing mode is
-seen by none of them.
+All from one sample of q. None can know of probability far from where q draws: of a missing mode
+k-hat may catch the shadow, where it is near, and the two others do not.
 """
 
 import math
