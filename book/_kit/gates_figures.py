@@ -34,15 +34,21 @@ def rank_histogram(ax: Axes, counts: ArrayLike, title: str = "") -> None:
     ax.axhline(n / bins, color=style.PRIOR, linewidth=1.0)
     ax.bar((np.arange(bins) + 0.5) / bins, counts, 0.92 / bins, color=style.AMORTIZED)
     ax.set(xlim=(0, 1), xlabel="rank of the truth", title=title)
+    ax.set_xticks([0, 0.5, 1], ["0", "L/2", "L"])
 
 
 def rank_histograms(counts: Sequence[ArrayLike], titles: Sequence[str]) -> Figure:
-    """Some rank histograms in a row, with one scale."""
-    figure = Figure(figsize=(2.3 * len(counts) + 0.6, 3.0))
-    axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
-    for ax, row, title in zip(axes, counts, titles, strict=True):
+    """Some rank histograms, two in a row, with one scale."""
+    rows = (len(counts) + 1) // 2
+    figure = Figure(figsize=(style.WIDE[0], 2.5 * rows + 0.3))
+    axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    for ax, row, title in zip(axes.flat, counts, titles, strict=False):
         rank_histogram(ax, row, title)
-    axes[0].set_ylabel("events")
+        ax.label_outer()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("events")
+    for ax in axes.flat[len(counts) :]:
+        ax.remove()
     return figure
 
 
