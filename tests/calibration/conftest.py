@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _kit.exact import exact_analysis
 
-from amortlib.energy import Energy
 from amortlib.gaussian import Gaussian, condition
 from amortlib.problems import InverseProblem
 from amortlib.solvers import OracleAnalysis
-from amortlib.types import Array, Event, to_double
+from amortlib.types import Array, Event
 from benchmarks.gates import TIMES, path_problem
 
 
@@ -51,45 +51,9 @@ def make_head(**fault: Any) -> Head:
     return Head(path_problem(), **{name: jnp.asarray(value) for name, value in settings.items()})
 
 
-def closed_form(problem: InverseProblem, events: Event) -> OracleAnalysis:
-    """What an oracle would say of events of a linear problem with an identity for H."""
-    with jax.enable_x64(True):
-        prior, events = to_double((problem.prior, events))
-        energy = Energy(prior, problem.forward)
-        n, d = events.y.shape
-
-        @jax.jit
-        @jax.vmap
-        def one(event):
-            exact = condition(prior, jnp.eye(d), event)
-            gain = exact.covariance() * jnp.where(event.mask, event.sd**-2, 0.0)
-            return exact.loc, exact.covariance(), gain, energy(exact.loc, event)
-
-        mode, covariance, gain, value = jax.tree.map(np.asarray, one(events))
-    return OracleAnalysis(
-        mode=mode,
-        energy=value,
-        covariance=covariance,
-        gauss_newton_covariance=covariance,
-        jacobian=gain,
-        gain=gain,
-        gradient_norm=np.zeros(n),
-        converged=np.ones(n, bool),
-        hits=np.full(n, 3),
-        minima=np.ones(n, int),
-        rise=np.full(n, np.inf),
-        unseen=np.zeros(n),
-        sure=np.ones(n, bool),
-        starts=np.full(n, 3),
-        ends=mode[:, None],
-        end_energy=value[:, None],
-        distinct=np.ones((n, 1), bool),
-    )
-
-
 @pytest.fixture(scope="session")
 def sample() -> tuple[InverseProblem, Event, np.ndarray, OracleAnalysis]:
     """1,000 events of the path, their truths, and the oracle's answers."""
     problem = path_problem()
     truths, events = problem.batch(jax.random.key(0), 1000)
-    return problem, events, np.asarray(truths), closed_form(problem, events)
+    return problem, events, np.asarray(truths), exact_analysis(problem, events)
