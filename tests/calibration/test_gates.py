@@ -194,6 +194,7 @@ def test_a_density_that_is_not_exact_has_no_importance_figures(sample) -> None:
     assert GateReport.from_json(report.to_json()).coverage is None
 
 
+@pytest.mark.slow
 def test_the_exact_posterior_of_two_pieces_is_right() -> None:
     """Its density against exp(-J) on a grid, its draws against its density: share of the left
     piece and mean, within five standard errors (one in a million for each)."""
