@@ -2,7 +2,8 @@
 
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``,
-``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``.
+``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``,
+``calibration``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -10,6 +11,7 @@ Notation, used in code and docstrings alike: state ``x``, observations ``y``, ma
 """
 
 from amortlib import (
+    calibration,
     dynamics,
     encoders,
     energy,
@@ -25,6 +27,7 @@ from amortlib import (
     training,
     types,
 )
+from amortlib.calibration import GateError, GateReport, run_gates
 from amortlib.energy import Energy, GibbsPosterior
 from amortlib.export import CheckpointError, load, save
 from amortlib.gaussian import Gaussian, GaussMarkov
@@ -40,12 +43,15 @@ __all__ = [
     "CheckpointError",
     "Energy",
     "Event",
+    "GateError",
+    "GateReport",
     "GaussMarkov",
     "Gaussian",
     "GibbsPosterior",
     "InvalidEventError",
     "InverseProblem",
     "as_event",
+    "calibration",
     "dynamics",
     "encoders",
     "energy",
@@ -59,6 +65,7 @@ __all__ = [
     "observation",
     "posterior",
     "problems",
+    "run_gates",
     "save",
     "simulate_pair",
     "solvers",
