@@ -333,9 +333,21 @@ class FlowHead(AbstractHead):
             log_weight = jnp.zeros(1, shared.dtype)
         else:
             log_weight = jax.nn.log_softmax(self.logits(context))
+        return self.around(base, shared + self.offsets, log_weight)
+
+    def around(
+        self, base: Gaussian | GaussMarkov, condition: Float[Array, "k c"], log_weight: Array
+    ) -> FlowDistribution:
+        """This head's layers around bases that come from elsewhere.
+
+        Args:
+            base: k densities, arrays with a leading axis.
+            condition: what the layers see at each.
+            log_weight: log of the weight of each, shape `(k,)`.
+        """
         return FlowDistribution(
             flow=unwrap(self.flow),
-            condition=shared + self.offsets,
+            condition=condition,
             base=base,
             log_weight=log_weight,
             points=self.points,
