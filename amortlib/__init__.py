@@ -2,8 +2,8 @@
 
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
-``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``,
-``training``.
+``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``refine``,
+``objectives``, ``training``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -23,6 +23,7 @@ from amortlib import (
     observation,
     posterior,
     problems,
+    refine,
     solvers,
     training,
     types,
@@ -62,6 +63,7 @@ __all__ = [
     "observation",
     "posterior",
     "problems",
+    "refine",
     "save",
     "simulate_pair",
     "solvers",

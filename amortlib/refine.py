@@ -338,7 +338,7 @@ class RefinedFlowHead(AbstractHead):
         condition = jax.vmap(self.net)(context.features)
         learned = jax.vmap(self.weigh)(condition)[:, 0]
         return self.inner.around(
-            Gaussian(context.loc, context.chol),
+            jax.vmap(Gaussian)(context.loc, context.chol),
             condition,
             jax.nn.log_softmax(context.log_weight.clip(-20.0) + learned),
         )

@@ -147,7 +147,7 @@ def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]
 
 
 def references(
-    fraction: float, events: int, seed: int, *, draws: int = 4096
+    fraction: float, events: int, seed: int, *, draws: int = 2048
 ) -> tuple[Event, Any, np.ndarray]:
     """Events, a weighted sample of the posterior of each, and whether it has one minimum."""
     gaps = NoGaps() if fraction == 0.0 else ContiguousGaps(fraction)
@@ -174,7 +174,7 @@ def references(
 
 
 def judge(
-    answer: Callable[[Event], Any], batch: Event, sample: Any, *, draws: int = 1024, seed: int = 7
+    answer: Callable[[Event], Any], batch: Event, sample: Any, *, draws: int = 512, seed: int = 7
 ) -> dict[str, np.ndarray]:
     """KL(p || q) of each event, ESS / N of q's draws weighed by p, and both errors' sources."""
     energy = energy_of(lorenz63())
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(FILE, model, settings={**size, "record": {}})
     metrics = {}
     for fraction in FRACTIONS:
-        n = 16 if args.quick else (512 if fraction == 0.0 else 256)
+        n = 16 if args.quick else (384 if fraction == 0.0 else 128)
         metrics[f"{fraction:g}"] = measure(model, fraction, events=n)
         print(fraction, metrics[f"{fraction:g}"], flush=True)
     names = ("kl_mean", "kl_median", "kl_largest", "ess_mean", "ess_first_percentile")
