@@ -1,9 +1,9 @@
 """Amortized inference for data assimilation, on gappy observations.
 
 The package is read bottom up, in the order in which its modules may import each other:
-``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``,
-``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``,
-``calibration``.
+``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
+``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``refine``,
+``objectives``, ``training``, ``calibration``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -19,10 +19,12 @@ from amortlib import (
     gaussian,
     heads,
     laplace,
+    modes,
     objectives,
     observation,
     posterior,
     problems,
+    refine,
     solvers,
     training,
     types,
@@ -61,11 +63,13 @@ __all__ = [
     "heads",
     "laplace",
     "load",
+    "modes",
     "objectives",
     "observation",
     "posterior",
     "problems",
     "run_gates",
+    "refine",
     "save",
     "simulate_pair",
     "solvers",

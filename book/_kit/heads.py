@@ -1,7 +1,7 @@
 """Heads that pages load instead of training: how each is built, made, and read back.
 
-Weights are made by `python -m benchmarks.make_weights` and `python -m benchmarks.fourdvarnet`,
-which record what they reach.
+Weights are made by `python -m benchmarks.make_weights`, `python -m benchmarks.fourdvarnet` and
+`python -m benchmarks.flow_lorenz63`, which record what they reach.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from typing import Any
 
 import jax
 
+from amortlib.encoders import FlatEncoder
 from amortlib.energy import Energy
 from amortlib.export import build_and_load, read_settings
+from amortlib.heads import CholeskyHead
 from amortlib.posterior import AmortizedPosterior, regression_posterior
 from amortlib.problems import InverseProblem, lorenz63, ornstein_uhlenbeck
+from amortlib.refine import refined_posterior
 from amortlib.solvers import FourDVarNet, FourDVarNetwork, fourdvar_network
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 OU_FILE = WEIGHTS / "ou_information.safetensors"
 FOURDVARNET_FILE = WEIGHTS / "lorenz63_fourdvarnet.safetensors"
+FLOW_FILE = WEIGHTS / "lorenz63_flow.safetensors"
 OU_NOISE = (0.1, 1.0)
 """Standard deviations of the observation error that the head was trained for."""
 
@@ -59,3 +63,30 @@ def load_fourdvarnet() -> tuple[FourDVarNet, dict[str, Any]]:
     problem = lorenz63()
     solver = FourDVarNet(Energy(problem.prior, problem.forward), network)
     return solver, read_settings(FOURDVARNET_FILE)["record"]
+
+
+def build_lorenz63_flow(sizes: dict[str, dict[str, int]], **_: Any) -> AmortizedPosterior:
+    """The untrained flow around refined points that the file's settings describe."""
+    problem = lorenz63()
+    prior = problem.prior
+    k_encoder, k_head, k_flow = jax.random.split(jax.random.key(0), 3)
+    guess = AmortizedPosterior(
+        FlatEncoder(problem.shapes()[1], key=k_encoder, **sizes["guess"]),
+        CholeskyHead(sizes["guess"]["features"], 3, key=k_head, centre=prior.loc, scale=prior.sd()),
+    )
+    energy = Energy(prior, problem.forward)
+    return refined_posterior(
+        guess, energy, kind="flow", key=k_flow, **sizes["refined"], **sizes["flow"]
+    )
+
+
+def load_lorenz63_flow() -> tuple[AmortizedPosterior, InverseProblem, dict[str, Any]]:
+    """The trained flow for the standard Lorenz-63 window, its problem, and its record.
+
+    The regression head that it starts from is `model.encoder.guess.tree`.
+
+    Raises:
+        amortlib.CheckpointError: where the file is missing or damaged, with what to do.
+    """
+    model = build_and_load(FLOW_FILE, build_lorenz63_flow)
+    return model, lorenz63(), read_settings(FLOW_FILE)["record"]

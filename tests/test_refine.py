@@ -1,0 +1,206 @@
+"""Refinement: J never rises, the end is a minimum, and its slope is the minimum's."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from amortlib.encoders import FlatEncoder
+from amortlib.energy import Energy, GibbsPosterior
+from amortlib.gaussian import Gaussian
+from amortlib.heads import CholeskyHead
+from amortlib.laplace import laplace, mode_jacobian
+from amortlib.modes import stationary_point
+from amortlib.posterior import AmortizedPosterior
+from amortlib.refine import probe_directions, refine, refined_posterior
+from amortlib.training import trainable
+from amortlib.types import Event, to_double
+
+KEY = jax.random.key(0)
+PRIOR = Gaussian(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.0], [0.3, 0.8]]))
+SD = 0.3
+
+
+def curved(x):
+    return jnp.stack([x[0] + 0.5 * x[1] ** 2, jnp.sin(x[0]) + x[1], x[0] * x[1]])
+
+
+def straight(x):
+    return jnp.stack([x[0], x[0] + x[1], x[0] - 2.0 * x[1]])
+
+
+def event_of(seed: int = 0, missing: int = 1) -> Event:
+    rng = np.random.default_rng(seed)
+    y = np.asarray(curved(rng.normal(size=2))) + 0.3 * rng.normal(size=3)
+    return Event(
+        jnp.asarray(y, jnp.float32),
+        jnp.arange(3) >= missing,
+        jnp.full(3, SD),
+    )
+
+
+def energy_of(forward) -> Energy:
+    return Energy(PRIOR, forward)
+
+
+def guess() -> AmortizedPosterior:
+    encoder = FlatEncoder((3,), key=KEY, features=6, width=8, depth=1)
+    head = CholeskyHead(6, 2, key=KEY, centre=PRIOR.loc, scale=PRIOR.sd())
+    return AmortizedPosterior(encoder, head)
+
+
+FLOW = {"layers": 2, "width": 8, "condition": 4, "encoder_width": 8, "knots": 4, "points": 32}
+
+
+def model_of(forward=curved, **settings) -> AmortizedPosterior:
+    settings = {"steps": 4, "key": KEY, **settings}
+    sizes = FLOW if settings.get("kind") == "flow" else {}
+    return refined_posterior(guess(), energy_of(forward), **settings, **sizes)
+
+
+@pytest.mark.parametrize(
+    "derivative", ["implicit", pytest.param("unrolled", marks=pytest.mark.slow)]
+)
+def test_one_step_solves_a_linear_problem(derivative):
+    """And its Laplace approximation is the posterior; the damping of 0.001 leaves its square.
+
+    Then the slope of the mode is the gain, by either road.
+    """
+    energy = energy_of(straight)
+    exact = GibbsPosterior(energy).gaussian(event_of())
+    model = model_of(straight, steps=3, derivative=derivative)
+    q = eqx.filter_jit(model)(event_of())
+    np.testing.assert_allclose(q.mean(), exact.mean(), atol=1e-4)
+    np.testing.assert_allclose(q.covariance(), exact.covariance(), atol=1e-4)
+    slope = eqx.filter_jit(model.mode_jacobian)(event_of())
+    want = mode_jacobian(energy, exact.mean(), event_of())
+    np.testing.assert_allclose(slope, want, atol=1e-3)
+
+
+def test_j_never_rises_and_the_end_is_stationary(x64):
+    """From 64 starts, most of them far away, after each number of steps."""
+    energy, event = to_double(energy_of(curved)), to_double(event_of())
+    starts = 4.0 * jax.random.normal(KEY, (64, 2), jnp.float64)
+    cost = jax.vmap(lambda v: 0.5 * jnp.sum(energy.residual(v, event) ** 2))
+
+    def ends(steps):
+        run = lambda v: refine(energy, v, event, steps=steps, derivative="unrolled")  # noqa: E731
+        return jax.jit(jax.vmap(run))(starts)
+
+    falls = [np.asarray(cost(ends(k))) for k in (0, 1, 3, 100)]
+    for before, after in itertools.pairwise(falls):
+        assert (after <= before + 1e-12).all()
+    assert falls[3].mean() < 0.2 * falls[0].mean()
+    slope = jax.vmap(jax.grad(lambda v: 0.5 * jnp.sum(energy.residual(v, event) ** 2)))
+    assert np.abs(slope(ends(100))).max() < 1e-6
+    np.testing.assert_array_equal(ends(0), starts)
+
+
+@pytest.mark.slow
+def test_the_implicit_slope_is_that_of_the_minimum(x64):
+    """Against central differences of a search run to the end, and the Jacobian of `laplace`;
+    the Gauss-Newton steps themselves, unrolled twice, have not got it right yet.
+    """
+    energy, event = to_double(energy_of(curved)), to_double(event_of())
+    start = jnp.array([0.1, 0.2], jnp.float64)
+
+    def end(y, steps, derivative):
+        return refine(
+            energy, start, Event(y, event.mask, event.sd), steps=steps, derivative=derivative
+        )
+
+    long = jax.jit(lambda y: end(y, 40, "unrolled"))
+    got = jax.jit(jax.jacfwd(lambda y: end(y, 40, "implicit")))(event.y)
+    steps = 1e-5 * jnp.eye(3)
+    want = jnp.stack([(long(event.y + s) - long(event.y - s)) / 2e-5 for s in steps], 1)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    back = jax.jit(jax.jacrev(lambda y: end(y, 40, "implicit")))(event.y)
+    np.testing.assert_allclose(back, got, atol=1e-10)
+    x = energy.prior.colour(long(event.y))
+    in_x = energy.prior.chol @ got
+    np.testing.assert_allclose(in_x, mode_jacobian(energy, x, event), atol=1e-6)
+    early = jax.jit(jax.jacfwd(lambda y: end(y, 2, "unrolled")))(event.y)
+    assert np.abs(early - want).max() > 1e-3
+
+
+def test_a_stationary_point_has_the_slope_of_the_root():
+    f = lambda a: stationary_point(lambda x: jnp.sum((x - a**2) ** 2 / 2 + x**4 / 4), jnp.ones(1))  # noqa: E731
+    a = jnp.sqrt(2.0)  # x^3 + x = a^2 at x = 1
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda a: f(a)[0]))(a), 2 * a / 4.0, rtol=1e-5)
+
+
+def test_the_laplace_head_is_laplace_at_the_refined_point():
+    model = model_of(steps=20)
+    q = eqx.filter_jit(model)(event_of())
+    want = laplace(energy_of(curved), q.mode(), event_of(), full=False)
+    np.testing.assert_allclose(q.covariance(), want.covariance(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(q.mode(), q.mean())
+
+
+@pytest.fixture(scope="module")
+def flow() -> AmortizedPosterior:
+    return model_of(kind="flow", starts=3)
+
+
+def test_a_flow_around_refined_points_integrates_to_one(flow):
+    """On a grid over eight prior standard deviations, to a thousandth."""
+
+    @jax.jit
+    def total(event):
+        q = flow(event)
+        axis = jnp.linspace(-4.0, 4.0, 301)
+        v = jnp.stack(jnp.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+        x = jax.vmap(PRIOR.colour)(v)
+        cell = (axis[1] - axis[0]) ** 2 * jnp.prod(jnp.diagonal(PRIOR.chol))
+        return jnp.sum(jnp.exp(jax.vmap(q.log_prob)(x))) * cell
+
+    for missing in (0, 2, 3):
+        assert float(total(event_of(missing=missing))) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_it_is_blind_and_never_compiled_anew(flow):
+    traces = []
+
+    @jax.jit
+    def run(event):
+        traces.append(None)
+        return flow.log_prob(PRIOR.loc, event)
+
+    event = event_of()
+    value = run(event)
+    np.testing.assert_array_equal(
+        value, run(Event(event.y.at[0].set(jnp.nan), event.mask, event.sd))
+    )
+    assert value != run(event_of(1))
+    assert np.isfinite(run(event_of(missing=3)))
+    assert len(traces) == 1
+
+
+def test_the_guess_and_the_energy_are_held_fixed(flow):
+    marks = trainable(flow)
+    assert not any(jax.tree.leaves(marks.encoder))
+    assert any(jax.tree.leaves(marks.head))
+
+
+def test_probes_stand_where_they_should():
+    u = probe_directions(3)
+    assert u.shape == (24, 3)
+    np.testing.assert_allclose(u.mean(0), 0.0, atol=1e-15)
+    assert set(np.linalg.norm(u, axis=1).round(6)) == {1.5, 2.0, 3.0}
+
+
+def test_what_does_not_fit_is_refused(flow):
+    energy = energy_of(curved)
+    with pytest.raises(ValueError, match="steps >= 0, got -1"):
+        refine(energy, jnp.zeros(2), event_of(), steps=-1)
+    with pytest.raises(ValueError, match="'laplace' or 'flow', got 'score'"):
+        refined_posterior(guess(), energy, steps=1, kind="score")
+    with pytest.raises(ValueError, match="expected a key"):
+        refined_posterior(guess(), energy, steps=1, kind="flow")
+    for starts in (2, 7):
+        with pytest.raises(ValueError, match=f"odd number of starts up to 5, got {starts}"):
+            refined_posterior(guess(), energy, steps=1, starts=starts)
+    assert eqx.is_array(flow.head.net.layers[0].weight)
