@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from amortlib.types import Array
 
-__all__ = ["density_mode"]
+__all__ = ["density_mode", "stationary_point"]
 
 
 @jax.custom_jvp
@@ -23,6 +23,22 @@ def _stationary(x: Array, curvature: Array, slope: Array) -> Array:
 def _stationary_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, curvature, _ = primals
     return x, -jnp.linalg.solve(curvature, tangents[2])
+
+
+def stationary_point(fall: Callable[[Array], Array], x: Float[Array, " d"]) -> Float[Array, " d"]:
+    """`x`, with the derivative of the stationary point of `fall` that it is.
+
+    By the implicit function theorem: with s the slope of `fall`, s(x; y) = 0 for all y gives
+    dx = -(ds/dx)^-1 (ds/dy) dy, forward and reverse. Whatever `x` was computed from has no say
+    in it. Nothing is computed beyond `x` where nobody differentiates.
+
+    Args:
+        fall: a function of one point, twice differentiable, that may depend on traced values.
+        x: where its slope is zero.
+    """
+    x = jax.lax.stop_gradient(x)
+    curvature = jax.lax.stop_gradient(jax.jacfwd(jax.grad(fall))(x))
+    return _stationary(x, curvature, jax.grad(fall)(x))
 
 
 def density_mode(

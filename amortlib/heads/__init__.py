@@ -1,6 +1,7 @@
 """Heads q_phi(x | c): from a context to a distribution over the state."""
 
 from amortlib.heads.base import AbstractHead
+from amortlib.heads.flow import FlowDistribution, FlowHead
 from amortlib.heads.mixture import GaussianMixture, MixtureHead
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
 from amortlib.heads.score import ScoreDistribution, ScoreHead
@@ -9,6 +10,8 @@ __all__ = [
     "AbstractHead",
     "CholeskyHead",
     "DiagonalHead",
+    "FlowDistribution",
+    "FlowHead",
     "GaussianMixture",
     "InformationHead",
     "MixtureHead",
