@@ -48,13 +48,14 @@ class Exact(AbstractDenoiser):
     cov: jax.Array
 
     def predict_noise(self, u, sigma, component):
-        def log_part(weight, mean, cov):
+        def log_part(weight, mean, cov, u):
             low = jnp.linalg.cholesky(cov + sigma**2 * jnp.eye(u.size))
             z = solve_triangular(low, u - mean, lower=True)
             return jnp.log(weight) - 0.5 * z @ z - jnp.sum(jnp.log(jnp.diagonal(low)))
 
         def log_prob(u):
-            return jax.nn.logsumexp(jax.vmap(log_part)(self.weight, self.mean, self.cov))
+            parts = jax.vmap(log_part, (0, 0, 0, None))(self.weight, self.mean, self.cov, u)
+            return jax.nn.logsumexp(parts)
 
         return -sigma * jax.grad(log_prob)(u)
 
