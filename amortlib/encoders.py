@@ -10,11 +10,11 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import ArrayLike, Bool, Float
 
-from amortlib.types import Array, Event, Key
+from amortlib.types import Array, Event, Fixed, Key
 
-__all__ = ["AbstractEncoder", "FlatEncoder", "SiteContext", "SiteEncoder"]
+__all__ = ["AbstractEncoder", "FlatEncoder", "ScaledEncoder", "SiteContext", "SiteEncoder"]
 
 
 class AbstractEncoder(eqx.Module):
@@ -167,3 +167,45 @@ class SiteEncoder(AbstractEncoder):
         learned = jax.vmap(self.mlp)(windows)
         features = jnp.concatenate([jnp.stack(raw, axis=1), learned], axis=1)
         return SiteContext(jnp.where(event.mask[:, None], features, 0.0), event.mask)
+
+
+class ScaledEncoder(AbstractEncoder):
+    """Shows another encoder the event in other units: (y - centre) / scale, error bars likewise.
+
+    Networks learn fastest from numbers of a size of about one. The units are held fixed.
+
+    Attributes:
+        inner: the encoder.
+        centre: typical value of the observations, their shape.
+        scale: their typical spread, likewise.
+    """
+
+    obs_shape: tuple[int, ...] | None = eqx.field(static=True)
+    uses_sd: bool = eqx.field(static=True)
+    inner: AbstractEncoder
+    centre: Fixed
+    scale: Fixed
+
+    def __init__(self, inner: AbstractEncoder, centre: ArrayLike, scale: ArrayLike):
+        """Set the units.
+
+        Raises:
+            ValueError: on shapes that do not fit the encoder, or a scale that is not positive.
+        """
+        shape = jnp.shape(centre) if inner.obs_shape is None else inner.obs_shape
+        if jnp.shape(centre) not in ((), shape) or jnp.shape(scale) not in ((), shape):
+            raise ValueError(
+                f"expected a centre and a scale of shape {shape}, or numbers, got "
+                f"{jnp.shape(centre)} and {jnp.shape(scale)}"
+            )
+        if not bool(jnp.all(jnp.asarray(scale) > 0)):
+            raise ValueError(f"expected a positive scale, got {scale}")
+        self.obs_shape, self.uses_sd, self.inner = inner.obs_shape, inner.uses_sd, inner
+        self.centre = Fixed(jnp.broadcast_to(jnp.asarray(centre, float), shape))
+        self.scale = Fixed(jnp.broadcast_to(jnp.asarray(scale, float), shape))
+
+    def __call__(self, event: Event) -> eqx.Module | Array:
+        """Context of one event."""
+        centre, scale = self.centre.value, self.scale.value
+        sd = None if event.error_sd is None else event.error_sd / scale
+        return self.inner(Event((event.values - centre) / scale, event.mask, sd))

@@ -12,7 +12,7 @@ from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
 from amortlib.posterior import AmortizedPosterior
 from amortlib.types import Array, Event, Key
 
-__all__ = ["NegativeELBO", "elbo", "nll"]
+__all__ = ["NegativeELBO", "dsm", "elbo", "nll"]
 
 
 def nll(
@@ -26,6 +26,39 @@ def nll(
     """
     x, event = batch
     return -jnp.mean(jax.vmap(model.log_prob)(x, event))
+
+
+def dsm(
+    model: AmortizedPosterior, batch: tuple[Float[Array, "n d"], Event], key: Key
+) -> Float[Array, ""]:
+    """Mean denoising loss over a batch of simulated pairs: how well the head takes noise off.
+
+    The head adds noise to the state of each pair, at levels that it draws, and predicts it. The
+    best prediction is minus sigma times the score of p(x | y, m) at that level: Vincent (2011), *A
+    connection between score matching and denoising autoencoders*, Neural Comput. 23, equation 11;
+    over pairs of p(x, y) for every event at once, as in Batzolis et al. (2021), *Conditional image
+    generation with score-based diffusion models*, arXiv:2111.13606, theorem 1. The weighting of the
+    levels, and whatever a head learns beside its score, are the head's own.
+
+    Args:
+        model: a posterior whose head has `denoising_loss(context, x, key=key)`.
+        batch: states, shape `(n, d)`, and events with a leading axis of n.
+        key: draws the noise and its levels.
+
+    Raises:
+        ValueError: on a head without a denoising loss.
+    """
+    x, events = batch
+    loss = getattr(model.head, "denoising_loss", None)
+    if loss is None:
+        raise ValueError(
+            f"expected a head with a denoising loss, got {type(model.head).__name__}; "
+            "train it with nll"
+        )
+    keys = jax.random.split(key, x.shape[0])
+    return jnp.mean(
+        jax.vmap(lambda x, event, key: loss(model.encoder(event), x, key=key))(x, events, keys)
+    )
 
 
 def elbo(

@@ -5,16 +5,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
-from amortlib.encoders import AbstractEncoder, FlatEncoder, SiteEncoder
+from amortlib.encoders import AbstractEncoder, FlatEncoder, ScaledEncoder, SiteEncoder
 from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov, quasi_normal
 from amortlib.heads.base import AbstractHead
 from amortlib.heads.flow import FlowHead
+from amortlib.heads.mixture import MixtureHead
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
+from amortlib.heads.score import AbstractNoise, AbstractSampler, FlowODE, ScoreHead
 from amortlib.types import Array, Event, InvalidEventError, Key
 
-__all__ = ["AmortizedPosterior", "flow_posterior", "regression_posterior"]
+__all__ = ["AmortizedPosterior", "flow_posterior", "regression_posterior", "score_posterior"]
 
 
 class AmortizedPosterior(eqx.Module):
@@ -194,3 +196,80 @@ def flow_posterior(
         moved = bias.at[:dim].set(jnp.asarray(start, bias.dtype))
         heads.append(eqx.tree_at(lambda h: h.linear.bias, head, moved))
     return AmortizedPosterior(encoder, FlowHead(features, heads, dim=dim, key=k_flow, **sizes))
+
+
+def score_posterior(
+    *,
+    key: Key,
+    prior: Gaussian | GaussMarkov,
+    obs_shape: tuple[int, ...],
+    components: int = 1,
+    obs_centre: ArrayLike = 0.0,
+    obs_scale: ArrayLike = 1.0,
+    uses_sd: bool = False,
+    features: int = 128,
+    encoder_width: int = 256,
+    encoder_depth: int = 2,
+    width: int = 128,
+    depth: int = 3,
+    draws: int = 4,
+    noise: AbstractNoise | None = None,
+    sampler: AbstractSampler | None = None,
+    density: FlowODE | None = None,
+) -> AmortizedPosterior:
+    """A posterior given by its score, to be trained with [`dsm`][amortlib.objectives.dsm].
+
+    Args:
+        key: initialises the weights.
+        prior: background density of the state.
+        obs_shape: shape of `y`.
+        components: Gaussians of the base whose coordinates the score works in: 0 for none, the
+            prior's coordinates; 1 for a Gaussian predicted from the event; more for a mixture,
+            where the posterior may fall into pieces.
+        obs_centre: typical value of the observations, a number or of their shape.
+        obs_scale: their typical spread, likewise.
+        uses_sd: whether error bars differ between events and are read.
+        features: length of the context.
+        encoder_width: of the encoder's layers.
+        encoder_depth: their number.
+        width: of the score network's layers.
+        depth: their number.
+        draws: noise levels a state in one evaluation of the loss.
+        noise: levels, weights and preconditioning; by default those of EDM.
+        sampler: by default fixed steps of the flow ODE.
+        density: of the log-density, the mode and the moments.
+
+    Raises:
+        ValueError: on a negative number of components, or sizes that are too small.
+    """
+    if components < 0:
+        raise ValueError(f"expected components >= 0, got {components}")
+    k_encoder, k_base, k_head = jax.random.split(key, 3)
+    flat = FlatEncoder(
+        tuple(obs_shape),
+        key=k_encoder,
+        features=features,
+        width=encoder_width,
+        depth=encoder_depth,
+        uses_sd=uses_sd,
+    )
+    units = {"centre": prior.loc, "scale": prior.sd()}
+    dim = prior.loc.size
+    base = None
+    if components == 1:
+        base = CholeskyHead(features, dim, key=k_base, **units)
+    elif components > 1:
+        base = MixtureHead(features, dim, key=k_base, components=components, **units)
+    head = ScoreHead(
+        features,
+        prior,
+        key=k_head,
+        base=base,
+        noise=noise,
+        sampler=sampler,
+        density=density,
+        width=width,
+        depth=depth,
+        draws=draws,
+    )
+    return AmortizedPosterior(ScaledEncoder(flat, obs_centre, obs_scale), head)
