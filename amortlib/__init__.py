@@ -1,8 +1,9 @@
 """Amortized inference for data assimilation, on gappy observations.
 
 The package is read bottom up, in the order in which its modules may import each other:
-``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``,
-``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``.
+``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``pairs``,
+``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``,
+``training``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -19,6 +20,7 @@ from amortlib import (
     laplace,
     objectives,
     observation,
+    pairs,
     posterior,
     problems,
     solvers,
@@ -28,9 +30,10 @@ from amortlib import (
 from amortlib.energy import Energy, GibbsPosterior
 from amortlib.export import CheckpointError, load, save
 from amortlib.gaussian import Gaussian, GaussMarkov
+from amortlib.pairs import from_pairs
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, simulate_pair
-from amortlib.training import fit
+from amortlib.training import fit, train_step
 from amortlib.types import Event, InvalidEventError, as_event
 
 __version__ = "0.1.0"
@@ -51,17 +54,20 @@ __all__ = [
     "energy",
     "export",
     "fit",
+    "from_pairs",
     "gaussian",
     "heads",
     "laplace",
     "load",
     "objectives",
     "observation",
+    "pairs",
     "posterior",
     "problems",
     "save",
     "simulate_pair",
     "solvers",
+    "train_step",
     "training",
     "types",
 ]

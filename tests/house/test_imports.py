@@ -16,6 +16,7 @@ ORDER = [
     "dynamics",
     "observation",
     "problems",
+    "pairs",
     "energy",
     "laplace",
     "solvers",
