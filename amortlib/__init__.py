@@ -2,8 +2,8 @@
 
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
-``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``refine``,
-``objectives``, ``training``, ``calibration``.
+``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
+``refine``, ``objectives``, ``training``, ``calibration``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -22,6 +22,7 @@ from amortlib import (
     modes,
     objectives,
     observation,
+    pairs,
     posterior,
     problems,
     refine,
@@ -33,9 +34,10 @@ from amortlib.calibration import GateError, GateReport, run_gates
 from amortlib.energy import Energy, GibbsPosterior
 from amortlib.export import CheckpointError, load, save
 from amortlib.gaussian import Gaussian, GaussMarkov
+from amortlib.pairs import from_pairs
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, simulate_pair
-from amortlib.training import fit
+from amortlib.training import fit, train_step
 from amortlib.types import Event, InvalidEventError, as_event
 
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ __all__ = [
     "energy",
     "export",
     "fit",
+    "from_pairs",
     "gaussian",
     "heads",
     "laplace",
@@ -66,6 +69,7 @@ __all__ = [
     "modes",
     "objectives",
     "observation",
+    "pairs",
     "posterior",
     "problems",
     "refine",
@@ -73,6 +77,7 @@ __all__ = [
     "save",
     "simulate_pair",
     "solvers",
+    "train_step",
     "training",
     "types",
 ]

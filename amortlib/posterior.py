@@ -1,5 +1,6 @@
 """The amortized posterior: an encoder and a head, asked about one event or about many."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -84,7 +85,7 @@ class AmortizedPosterior(eqx.Module):
 
     def mode_jacobian(self, event: Event) -> Float[Array, "d *obs"]:
         """d mode / dy: how the answer moves with each observation; zero at masked entries."""
-        return jax.jacfwd(lambda y: self.mode(Event(y, event.mask, event.sd)))(event.y)
+        return jax.jacfwd(lambda y: self.mode(dataclasses.replace(event, y=y)))(event.y)
 
 
 def regression_posterior(

@@ -1,14 +1,15 @@
 """One training loop. The objective is an argument; fresh minibatches are drawn on the device.
 
-Steps run in compiled chunks (`jax.lax.scan`), so that Python is not in the hot path. Between
-chunks Python looks at the clock, the loss and the validation, writes the checkpoint, and moves
-the progress bar.
+Steps run in compiled chunks, so that Python is not in the hot path. Between chunks Python looks
+at the clock, the loss and the validation, writes the checkpoint, and moves the progress bar.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -20,12 +21,24 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from amortlib.export import CheckpointError, load, read_settings, save
-from amortlib.types import Array, Fixed, Key, PyTree
+from amortlib.pairs import AbstractBatches, from_pairs
+from amortlib.types import Array, Event, Fixed, Key, PyTree
 
-__all__ = ["FitResult", "TrainingDivergedError", "fit", "trainable"]
+__all__ = [
+    "FitResult",
+    "TrainingDivergedError",
+    "fit",
+    "from_pairs",
+    "optimizer_state",
+    "train_step",
+    "trainable",
+]
 
 _Model = TypeVar("_Model", bound=eqx.Module)
 Objective = Callable[[Any, Any, Key], Array]
+
+_STREAM = 2**32 - 1
+"""Folded into a run's key for a stream of minibatches: a number that no step has."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -54,6 +67,8 @@ class FitResult(eqx.Module, Generic[_Model]):
         validation_step: steps at which validation was computed, `(checks,)`.
         validation_loss: its values.
         best_step: the step of the returned model.
+        seconds: wall time of the steps and the validation, compilation and checkpoints left out,
+            the time before a resume included.
         stopped: why it ended, in words.
     """
 
@@ -62,19 +77,28 @@ class FitResult(eqx.Module, Generic[_Model]):
     validation_step: np.ndarray
     validation_loss: np.ndarray
     best_step: int
+    seconds: float
     stopped: str
+
+
+class _Carry(eqx.Module):
+    """What a step changes."""
+
+    params: PyTree
+    opt_state: PyTree
+    average: PyTree  # None without a moving average
 
 
 class _State(eqx.Module):
     """All that a restart needs to go on to the same numbers."""
 
-    params: PyTree
-    opt_state: PyTree
+    carry: _Carry
     best: PyTree
     best_loss: Array
     best_step: Array
     step: Array
     since_best: Array
+    seconds: np.ndarray
     loss: np.ndarray
     validation: np.ndarray
 
@@ -90,16 +114,87 @@ def trainable(model: PyTree) -> PyTree:
     return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Fixed))
 
 
+def optimizer_state(model: PyTree, optimizer: optax.GradientTransformation) -> PyTree:
+    """The optimiser's state for the trainable leaves of `model`, to begin [`train_step`][] with."""
+    return optimizer.init(eqx.filter(model, trainable(model)))
+
+
+def _step(
+    params: PyTree,
+    static: PyTree,
+    opt_state: PyTree,
+    batch: Any,
+    key: Key,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+) -> tuple[PyTree, PyTree, Array]:
+    def loss_of(params: PyTree) -> Array:
+        return _one_number(objective(eqx.combine(params, static), batch, key))
+
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def _one_number(loss: Any) -> Array:
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"expected the objective to return one number, got an array of shape {jnp.shape(loss)}"
+        )
+    return loss
+
+
+@eqx.filter_jit
+def train_step(
+    model: _Model,
+    opt_state: PyTree,
+    batch: Any,
+    key: Key,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+) -> tuple[_Model, PyTree, Array]:
+    """One step of minibatch training, for a loop of one's own.
+
+        opt_state = optimizer_state(model, optimizer)
+        for key in jax.random.split(key, steps):
+            k_batch, k_step = jax.random.split(key)
+            batch = problem.batch(k_batch, 256)
+            model, opt_state, loss = train_step(
+                model, opt_state, batch, k_step, objective=nll, optimizer=optimizer
+            )
+
+    It is the step of [`fit`][], which runs many in one compiled program. Compiled once for as
+    long as `objective` and `optimizer` are the same objects and shapes stay.
+
+    Args:
+        model: any equinox module; float arrays are trained, but for those inside `Fixed`.
+        opt_state: the optimiser's state: of [`optimizer_state`][], then that of the last step.
+        batch: what the objective takes.
+        key: the randomness of the objective.
+        objective: maps (model, batch, key) to a number.
+        optimizer: an optax optimiser.
+
+    Returns:
+        The model and the optimiser's state after the step, and the loss before it.
+    """
+    params, static = eqx.partition(model, trainable(model))
+    params, opt_state, loss = _step(params, static, opt_state, batch, key, objective, optimizer)
+    return eqx.combine(params, static), opt_state, loss
+
+
 def fit(
     model: _Model,
     objective: Objective,
-    batches: Callable[[Key], Any],
+    batches: Callable[[Key], Any] | AbstractBatches,
     *,
     key: Key,
     steps: int,
     optimizer: optax.GradientTransformation,
+    ema: float | None = None,
     validation: Any | None = None,
     patience: int | None = None,
+    seconds: float | None = None,
     every: int = 100,
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,
@@ -114,77 +209,133 @@ def fit(
         model: any equinox module; float arrays are trained, but for those inside `Fixed`.
         objective: maps (model, batch, key) to a number.
         batches: maps a key to a batch; traced, so it runs on the device. For a fresh minibatch
-            each step: `lambda key: problem.batch(key, 256)`.
+            each step: `lambda key: problem.batch(key, 256)`. For an array of pairs:
+            [`from_pairs`][amortlib.pairs.from_pairs].
         key: the randomness of the whole run.
         steps: how many steps in all, those before a resume included.
-        optimizer: an optax optimiser, with its schedule.
+        optimizer: an optax optimiser, with its schedule, such as
+            `optax.adam(optax.cosine_decay_schedule(1e-3, steps))`. The schedule's count is part
+            of the state: a resumed run goes on where it was.
+        ema: decay of an exponential moving average of the parameters, such as 0.999, without the
+            bias of its start (Kingma and Ba 2015, section 3). The average is what is validated
+            and returned; the steps themselves do not see it.
         validation: a fixed batch on which the objective is computed every `every` steps; the
-            best model is kept and returned.
+            best model is kept and returned. To see how a model does in gaps that it has not been
+            trained on, draw it under another pattern:
+            `problem.with_gaps(PeriodicRevisit(4)).batch(key, 1024)`.
         patience: stop after so many checks without a better validation loss.
+        seconds: stop before the chunk that would take the run past this wall time, at its speed
+            so far; one chunk is always run. Steps and validation count, before a resume too;
+            compilation, which is paid once, and writing the checkpoint do not. A resumed run may
+            be given more. Where the budget ends before `steps`, so does the schedule.
         every: steps in a compiled chunk: between checks, checkpoints, and progress.
         checkpoint: a file to write the state to after every chunk.
         resume: go on from `checkpoint` where it exists; start anew where it does not.
         progress: show a bar with the loss and the time left, on standard error.
 
     Raises:
-        ValueError: on settings that do not fit together.
+        ValueError: on settings that do not fit together, or an objective that returns more than
+            one number.
         TrainingDivergedError: as soon as a chunk holds a loss that is not finite, or ends in
-            parameters that are not. The checkpoint still holds the last good state.
-        CheckpointError: on resuming from a file that is damaged or of another run.
+            parameters that are not. The last good state is in the checkpoint, the first one
+            where there was no other. A batch that is not finite itself is named with its row.
+        CheckpointError: on resuming from a file that is damaged or of another run: other steps,
+            key, kind of random numbers, average, or a differently named objective, or an
+            optimiser of other parts. Numbers inside an optimiser (its rate) cannot be told apart.
     """
     if steps < 1 or every < 1:
         raise ValueError(f"expected steps >= 1 and every >= 1, got {steps}, {every}")
     if patience is not None and validation is None:
         raise ValueError("expected a validation batch: patience waits for its loss to fall")
+    if ema is not None and not 0.0 < ema < 1.0:
+        raise ValueError(f"expected a decay 0 < ema < 1, got {ema}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"expected a budget of seconds > 0, got {seconds}")
     if resume and checkpoint is None:
         raise ValueError("expected the path of a checkpoint to resume from")
 
     params, static = eqx.partition(model, trainable(model))
+    averaging = None if ema is None else optax.ema(ema)
+    # Arrays of a stream (the pairs) are arguments of the program, not constants inside it.
+    source, source_static = eqx.partition(batches, eqx.is_array)
+    held, held_static = eqx.partition(validation, eqx.is_array)
+    k_stream = jax.random.fold_in(key, _STREAM)
 
-    def loss_of(params: PyTree, batch: Any, key: Key) -> Array:
-        return objective(eqx.combine(params, static), batch, key)
+    def draw(source: PyTree, step: Array, key: Key) -> Any:
+        batches = eqx.combine(source, source_static)
+        if isinstance(batches, AbstractBatches):
+            return batches.at(step, key=k_stream)
+        return batches(key)
 
-    def one_step(carry: tuple[PyTree, PyTree], i: Array) -> tuple[tuple[PyTree, PyTree], Array]:
-        params, opt_state = carry
-        k_batch, k_objective = jax.random.split(jax.random.fold_in(key, i))
-        loss, grads = jax.value_and_grad(loss_of)(params, batches(k_batch), k_objective)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def one_step(carry: _Carry, source: PyTree, step: Array) -> tuple[_Carry, Array]:
+        k_batch, k_objective = jax.random.split(jax.random.fold_in(key, step))
+        batch = draw(source, step, k_batch)
+        params, opt_state, loss = _step(
+            carry.params, static, carry.opt_state, batch, k_objective, objective, optimizer
+        )
+        average = carry.average
+        if averaging is not None:
+            _, average = averaging.update(params, average)
+        return _Carry(params, opt_state, average), loss
 
     @jax.jit
+    def answer(carry: _Carry) -> PyTree:
+        """What is validated and returned: the parameters, or their average without its bias."""
+        if ema is None:
+            return carry.params
+        count = carry.average.count
+        free = optax.tree.bias_correction(carry.average.ema, ema, jnp.maximum(count, 1))
+        return jax.tree.map(lambda p, a: jnp.where(count > 0, a, p), carry.params, free)
+
     def run(
-        carry: tuple[PyTree, PyTree], indices: Array
-    ) -> tuple[tuple[PyTree, PyTree], Array, Array]:
-        after, losses = jax.lax.scan(one_step, carry, indices)
-        return after, losses, _went_bad(carry[0], after[0])
+        carry: _Carry, source: PyTree, start: Array, count: Array
+    ) -> tuple[_Carry, PyTree, Array, Array]:
+        def body(i: Array, loop: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+            carry, losses = loop
+            carry, loss = one_step(carry, source, start + i)
+            return carry, losses.at[i].set(loss.astype(losses.dtype))
 
-    @jax.jit
-    def validate(params: PyTree) -> Array:
-        return loss_of(params, validation, jax.random.fold_in(key, steps))
+        # The number of steps is an argument, so that a short last chunk is no other program.
+        losses = jnp.zeros(min(every, steps), float)
+        after, losses = jax.lax.fori_loop(0, count, body, (carry, losses))
+        return after, answer(after), losses, _went_bad(carry.params, after.params)
 
-    checks = math.ceil(steps / every)
+    def validate(params: PyTree, held: PyTree) -> Array:
+        batch = eqx.combine(held, held_static)
+        k_check = jax.random.fold_in(key, steps)
+        return _one_number(objective(eqx.combine(params, static), batch, k_check))
+
+    # A weak type would become strong on the way through a step, and be another program.
+    params = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), params)
+    carry = _Carry(
+        params, optimizer.init(params), None if averaging is None else averaging.init(params)
+    )
     state = _State(
-        params=params,
-        opt_state=optimizer.init(params),
+        carry=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), carry),
         best=params,
         best_loss=jnp.asarray(jnp.inf),
         best_step=jnp.asarray(0),
         step=jnp.asarray(0),
         since_best=jnp.asarray(0),
+        seconds=np.zeros(()),
         loss=np.full(steps, np.nan, np.float32),
-        validation=np.full(checks, np.nan, np.float32),
+        validation=np.full(math.ceil(steps / every), np.nan, np.float32),
     )
-    run_settings = {"steps": steps, "every": every, "key": _key_words(key)}
+    run_settings = {
+        "steps": steps,
+        "every": every,
+        "key": _key_words(key),
+        "random": str(jax.random.key_impl(key)),
+        "ema": ema,
+        "objective": _name(objective),
+        "optimizer": _parts(state.carry.opt_state),
+    }
     if resume and checkpoint is not None and Path(checkpoint).exists():
-        found = read_settings(checkpoint)
-        if found != run_settings:
-            raise CheckpointError(
-                f"{checkpoint}: expected the state of a run with {run_settings}, got {found}; "
-                "a resumed run must be the same run"
-            )
+        _same_run(checkpoint, read_settings(checkpoint), run_settings)
         state = load(checkpoint, state)
 
     stopped = f"all {steps} steps were run"
+    compiled = check = None
     bar = tqdm(
         total=steps,
         initial=int(state.step),
@@ -195,47 +346,62 @@ def fit(
     )
     with bar:
         while int(state.step) < steps:
+            start = int(state.step)
+            count = min(every, steps - start)
             if patience is not None and int(state.since_best) >= patience:
                 stopped = f"validation did not improve in {patience} checks"
                 break
-            start = int(state.step)
-            count = min(every, steps - start)
-            (params, opt_state), losses, bad_params = run(
-                (state.params, state.opt_state), jnp.arange(start, start + count)
-            )
-            losses = np.asarray(losses)
+            if seconds is not None and start > 0:
+                spent = float(state.seconds)
+                if spent * (start + count) / start > seconds:
+                    stopped = f"the budget of {seconds:g} s was spent, {spent:.3g} s of it in steps"
+                    break
+            begin, number = jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)
+            if compiled is None:
+                compiled = jax.jit(run).lower(state.carry, source, begin, number).compile()
+                if validation is not None:
+                    check = jax.jit(validate).lower(params, held).compile()
+            clock = perf_counter()
+            carry, found, losses, bad_params = compiled(state.carry, source, begin, number)
+            losses = np.asarray(losses)[:count]
             finite = np.isfinite(losses)
             # The last update of a chunk is not in any of its losses: look at what it left.
             if not finite.all() or bool(bad_params):
                 bad = start + (count - 1 if finite.all() else int(np.argmin(finite)))
+                k_bad = jax.random.fold_in(key, bad)
+                if checkpoint is not None:
+                    save(checkpoint, state, settings=run_settings)
                 what = "and the parameters it left not finite " if finite.all() else ""
+                batch = draw(source, jnp.asarray(bad, jnp.int32), jax.random.split(k_bad)[0])
                 raise TrainingDivergedError(
                     f"the loss was {losses[bad - start]} {what}at step {bad}, with the key "
-                    f"{_key_words(jax.random.fold_in(key, bad))}; the model of step {start} is in "
-                    "this error's `model`"
+                    f"{_key_words(k_bad)}; {_blame(batch)}the model of step {start} is in this "
+                    "error's `model`"
                     + ("" if checkpoint is None else f" and its state in {checkpoint}"),
                     step=bad,
-                    key=jax.random.fold_in(key, bad),
-                    model=eqx.combine(state.params, static),
+                    key=k_bad,
+                    model=eqx.combine(answer(state.carry), static),
                 )
-            check = validate if validation is not None else None
-            state = _advance(state, params, opt_state, losses, check, every)
+            value = None if check is None else float(check(found, held))
+            took = perf_counter() - clock
+            state = _advance(state, carry, found, losses, value, took, every)
             if checkpoint is not None:
                 save(checkpoint, state, settings=run_settings)
-            shown = losses.mean() if validation is None else state.validation[start // every]
+            shown = losses.mean() if value is None else value
             bar.set_description_str(f"loss {shown:.4g} ")
             bar.update(count)
 
     last = int(state.step)
     done = math.ceil(last / every)
     return FitResult(
-        model=eqx.combine(state.params if validation is None else state.best, static),
+        model=eqx.combine(answer(state.carry) if validation is None else state.best, static),
         loss=state.loss[:last],
         validation_step=np.minimum(every * np.arange(1, done + 1), last)
         if validation is not None
         else np.zeros(0, int),
         validation_loss=state.validation[: done if validation is not None else 0],
         best_step=last if validation is None else int(state.best_step),
+        seconds=float(state.seconds),
         stopped=stopped,
     )
 
@@ -249,10 +415,11 @@ def _went_bad(before: PyTree, after: PyTree) -> Array:
 
 def _advance(
     state: _State,
-    params: PyTree,
-    opt_state: PyTree,
+    carry: _Carry,
+    found: PyTree,
     losses: Float[np.ndarray, " n"],
-    validate: Callable[[PyTree], Array] | None,
+    value: float | None,
+    seconds: float,
     every: int,
 ) -> _State:
     start = int(state.step)
@@ -265,18 +432,80 @@ def _advance(
         state.best_step,
         state.since_best,
     )
-    if validate is not None:
-        value = validate(params).astype(best_loss.dtype)
-        validation[start // every] = float(value)
-        if value < best_loss:
-            best, best_loss, best_step, since = params, value, jnp.asarray(end), jnp.asarray(0)
+    if value is not None:
+        validation[start // every] = value
+        if value < float(best_loss):
+            best, best_loss = found, jnp.asarray(value, best_loss.dtype)
+            best_step, since = jnp.asarray(end), jnp.asarray(0)
         else:
             since = since + 1
     return _State(
-        params, opt_state, best, best_loss, best_step, jnp.asarray(end), since, loss, validation
+        carry=carry,
+        best=best,
+        best_loss=best_loss,
+        best_step=best_step,
+        step=jnp.asarray(end),
+        since_best=since,
+        seconds=np.asarray(state.seconds + seconds),
+        loss=loss,
+        validation=validation,
     )
 
 
 def _key_words(key: Key) -> list[int]:
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return [int(word) for word in np.asarray(data).reshape(-1)]
+
+
+# --- a resumed run is the same run ------------------------------------------------------------
+
+
+def _name(objective: Any) -> str:
+    """Where an objective is defined: a function, or the class of an object that is called."""
+    while isinstance(objective, functools.partial):
+        objective = objective.func
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _parts(opt_state: Any) -> list[str]:
+    """The parts of an optimiser, by the names of their states, in the order of the chain."""
+    if not isinstance(opt_state, tuple):
+        return []
+    own = [type(opt_state).__name__] if hasattr(opt_state, "_fields") else []
+    return own + [name for part in opt_state for name in _parts(part)]
+
+
+def _same_run(path: str | os.PathLike, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    differ = [name for name in expected if found.get(name) != expected[name]]
+    if differ:
+        raise CheckpointError(
+            f"{path}: expected the state of a run with "
+            f"{ {name: expected[name] for name in differ} }, "
+            f"got { {name: found.get(name) for name in differ} }; "
+            "a resumed run must be the same run"
+        )
+
+
+# --- whose fault it was -----------------------------------------------------------------------
+
+
+def _blame(batch: Any) -> str:
+    """A clause on the first values of a batch that are not finite, or nothing."""
+    readable = jax.tree.map(
+        lambda node: (node.values, node.error_sd, node.when) if isinstance(node, Event) else node,
+        batch,
+        is_leaf=lambda node: isinstance(node, Event),
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(readable)[0]:
+        if not eqx.is_inexact_array(leaf):
+            continue
+        bad = ~np.isfinite(np.asarray(leaf))
+        if bad.any():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            return (
+                f"the batch that this key draws is not finite itself, "
+                f"{np.asarray(leaf)[at]} at index {at} of batch{jax.tree_util.keystr(path)}, "
+                "where the first index is the row; "
+            )
+    return ""

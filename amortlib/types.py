@@ -1,4 +1,4 @@
-"""Array aliases, the record of an event (values, mask, error bars), and what training leaves."""
+"""Array aliases, the record of an event (values, mask, error bars, times), what training leaves."""
 
 from typing import Any, TypeAlias
 
@@ -30,11 +30,14 @@ class Event(eqx.Module):
         sd: same shape, observation-error standard deviation (the square root of the diagonal of
             `R`) in the units of `y`, or `None` where it is the same for every event and known to
             whoever uses the event.
+        time: same shape, when each entry was seen, for observations at times of the event's own;
+            `None` where the times are the same for every event and known to whoever uses it.
     """
 
     y: Float[Array, "*obs"]
     mask: Bool[Array, "*obs"]
     sd: Float[Array, "*obs"] | None = None
+    time: Float[Array, "*obs"] | None = None
 
     @property
     def values(self) -> Float[Array, "*obs"]:
@@ -48,6 +51,11 @@ class Event(eqx.Module):
     def error_sd(self) -> Float[Array, "*obs"] | None:
         """`sd` with ones at masked entries, so that it can be divided by; `None` stays `None`."""
         return None if self.sd is None else jnp.where(self.mask, self.sd, 1.0)
+
+    @property
+    def when(self) -> Float[Array, "*obs"] | None:
+        """`time` with zeros at masked entries; `None` stays `None`."""
+        return None if self.time is None else jnp.where(self.mask, self.time, 0.0)
 
 
 class Fixed(eqx.Module):
@@ -108,11 +116,22 @@ def _first(where: np.ndarray) -> tuple[int, ...]:
     return tuple(int(i) for i in np.argwhere(where)[0])
 
 
+def _refuse_infinite(name: str, values: np.ndarray, seen: np.ndarray) -> None:
+    bad = seen & ~np.isfinite(values)
+    if bad.any():
+        at = _first(bad)
+        raise InvalidEventError(
+            f"expected finite {name} at observed entries, got {values[at]} at index {at} "
+            f"({int(bad.sum())} such entries); mask them if they were not observed"
+        )
+
+
 def as_event(
     y: Any,
     mask: Any | None = None,
     sd: Any | None = None,
     *,
+    time: Any | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Event:
     """Check data from outside and make an `Event` of it.
@@ -123,12 +142,13 @@ def as_event(
             that are not NaN as observed. Entries masked in a numpy masked array are not
             observed, whatever `mask` says.
         sd: observation-error standard deviation, a number or the shape of `y`.
+        time: when each entry was seen, the shape of `y`, where events have times of their own.
         shape: the shape that a model expects, where there is one to check against.
 
     Raises:
         InvalidEventError: on an empty event, a wrong shape, a mask of another shape or that is
-            not boolean, a value that is not finite at an observed entry, an `sd` that is not
-            positive at an observed entry.
+            not boolean, a value or time that is not finite at an observed entry, an `sd` that is
+            not positive at an observed entry.
     """
     values = _numbers("y", y)
     if values.size == 0:
@@ -151,13 +171,7 @@ def as_event(
             f"expected a mask of the shape of y, {values.shape}, got {seen.shape}"
         )
     seen = seen & ~np.asarray(hidden)
-    bad = seen & ~np.isfinite(values)
-    if bad.any():
-        at = _first(bad)
-        raise InvalidEventError(
-            f"expected finite values at observed entries, got {values[at]} at index {at} "
-            f"({int(bad.sum())} such entries); mask them if they were not observed"
-        )
+    _refuse_infinite("values", values, seen)
     if sd is None:
         spread = None
     else:
@@ -175,4 +189,14 @@ def as_event(
                 f"expected a positive, finite sd at observed entries, got {full[at]} at index {at}"
             )
         spread = jnp.asarray(np.where(seen, full, 1.0))
-    return Event(jnp.asarray(np.where(seen, values, 0.0)), jnp.asarray(seen), spread)
+    if time is None:
+        when = None
+    else:
+        given = _numbers("time", time).astype(values.dtype)
+        if given.shape != values.shape:
+            raise InvalidEventError(
+                f"expected time of the shape of y, {values.shape}, got {given.shape}"
+            )
+        _refuse_infinite("times", given, seen)
+        when = jnp.asarray(np.where(seen, given, 0.0))
+    return Event(jnp.asarray(np.where(seen, values, 0.0)), jnp.asarray(seen), spread, when)

@@ -155,6 +155,16 @@ def test_a_fresh_key_gives_a_fresh_minibatch_and_the_same_key_the_same():
     assert (event.y != other_event.y).all()
 
 
+def test_the_same_problem_under_other_gaps():
+    """Pairs are the same, key by key, and only the masks are others."""
+    problem = InverseProblem(**OWN)
+    x, event = problem.batch(KEY, 4)
+    other, hidden = problem.with_gaps(FixedMask(jnp.zeros((3, 2), bool))).batch(KEY, 4)
+    np.testing.assert_allclose(other, x, rtol=1e-6)
+    np.testing.assert_allclose(hidden.y, event.y, rtol=1e-5)
+    assert not hidden.mask.any()
+
+
 # --- a user's own -----------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The training loop: it finds known optima, resumes to the same bits, and says when it diverges."""
 
+import functools
+import itertools
 import re
 from collections.abc import Callable
 
@@ -16,7 +18,14 @@ from amortlib.gaussian import condition, kl
 from amortlib.objectives import nll
 from amortlib.posterior import regression_posterior
 from amortlib.problems import ornstein_uhlenbeck
-from amortlib.training import FitResult, TrainingDivergedError, fit, trainable
+from amortlib.training import (
+    FitResult,
+    TrainingDivergedError,
+    fit,
+    optimizer_state,
+    train_step,
+    trainable,
+)
 from amortlib.types import Fixed
 
 KEY = jax.random.key(0)
@@ -61,7 +70,14 @@ def noisy(model: Line, batch: tuple, key: jax.Array) -> jax.Array:
     return squares(model, batch, key) + 0.1 * jnp.sum(model.slope * jax.random.uniform(key, (2,)))
 
 
+def in_place_of(objective: Callable) -> Callable[[Callable], Callable]:
+    """Gives a function the name of another, as an edit of its body would leave it."""
+    return functools.wraps(objective)
+
+
 BASE = {"key": KEY, "steps": 40, "every": 10, "optimizer": optax.adam(0.1), "progress": False}
+FULL = {"optimizer": optax.adam(optax.cosine_decay_schedule(0.1, 40)), "ema": 0.9}
+"""A schedule and an average on top: what a resumed run has to carry on."""
 
 
 def run(model: Line | None = None, objective: Callable = noisy, **changed) -> FitResult[Line]:
@@ -95,7 +111,24 @@ def finished(tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def uninterrupted(held_out) -> FitResult[Line]:
-    return run(validation=held_out)
+    return run(validation=held_out, **FULL)
+
+
+@pytest.fixture(scope="module")
+def by_steps() -> tuple[list[float], list[np.ndarray]]:
+    """Losses and slopes of ten steps of `train_step` with the keys of `fit`."""
+    model, optimizer, losses, slopes = Line(), BASE["optimizer"], [], []
+    opt_state = optimizer_state(model, optimizer)
+    for i in range(10):
+        k_batch, k_objective = jax.random.split(jax.random.fold_in(KEY, i))
+        model, opt_state, loss = train_step(
+            model, opt_state, batches(k_batch), k_objective, objective=noisy, optimizer=optimizer
+        )
+        losses.append(float(loss))
+        slopes.append(np.asarray(model.slope, float))
+    assert model.count == 3
+    assert model.fixed.tree["scale"] == 2.0
+    return losses, slopes
 
 
 # --- it trains --------------------------------------------------------------------------------
@@ -180,13 +213,97 @@ def test_python_is_not_in_the_hot_path(held_out):
         return noisy(model, batch, key)
 
     counts = []
-    for steps in (20, 200):
+    for steps in (20, 25, 200):
         calls.clear()
         run(objective=counted, steps=steps, validation=held_out)
         counts.append(len(calls))
-    assert counts[0] == counts[1]
+    assert len(set(counts)) == 1
     # One for a chunk, one for the validation; a second of each if a weak type became strong.
     assert 2 <= counts[0] <= 4
+
+
+def test_a_loop_of_one_s_own_takes_the_same_steps(plain, by_steps):
+    """Sums may round otherwise in another program: 1e-5."""
+    np.testing.assert_allclose(by_steps[0], plain.loss[:10], rtol=1e-5)
+
+
+def test_an_objective_of_more_than_one_number_is_refused():
+    with pytest.raises(ValueError, match=r"return one number, got an array of shape \(2,\)"):
+        run(objective=lambda model, batch, key: model.slope)
+
+
+# --- the moving average -----------------------------------------------------------------------
+
+
+def test_the_average_is_returned_without_the_bias_of_its_start(by_steps):
+    """sum_i (1 - a) a^(n - i) p_i / (1 - a^n), by hand, over the parameters that steps left; the
+    steps themselves do not see it.
+    """
+    result = run(steps=10, ema=0.9)
+    weights = 0.1 * 0.9 ** np.arange(9, -1, -1)
+    want = weights @ np.asarray(by_steps[1]) / weights.sum()
+    np.testing.assert_allclose(result.model.slope, want, rtol=1e-5)
+    np.testing.assert_allclose(result.loss, by_steps[0], rtol=1e-5)
+    assert np.abs(want - by_steps[1][-1]).min() > 0.01
+
+
+def test_the_average_is_what_is_validated(held_out, uninterrupted):
+    value = uninterrupted.validation_loss.min()
+    # The randomness of validation is its own, the same at every check.
+    got = noisy(uninterrupted.model, held_out, jax.random.fold_in(KEY, 40))
+    np.testing.assert_allclose(value, got, rtol=1e-5)
+
+
+# --- the schedule -----------------------------------------------------------------------------
+
+
+def test_a_resumed_run_goes_on_where_its_schedule_was(tmp_path, monkeypatch):
+    """Down a slope of one the offset falls by the rate of each step: 1 minus the sum of rates."""
+    rate = optax.linear_schedule(0.1, 0.0, 40)
+    settings = {"optimizer": optax.sgd(rate), "checkpoint": tmp_path / "state"}
+    down = lambda model, batch, key: model.offset  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", saves_until(2))
+        with pytest.raises(Stop):
+            run(objective=down, **settings)
+    result = run(objective=down, **settings, resume=True)
+    fallen = np.cumsum([0.0, *(0.1 * (1 - i / 40) for i in range(39))])
+    np.testing.assert_allclose(result.loss, 1.0 - fallen, rtol=1e-4, atol=1e-5)
+
+
+# --- the budget -------------------------------------------------------------------------------
+
+
+def test_a_run_stops_before_it_spends_more_than_its_budget(tmp_path, monkeypatch, plain):
+    """By a clock that moves one second a chunk, and an hour whenever the objective is compiled.
+
+    A chunk of ten steps at a time: the third would end at 3 s. Given more, the run goes on to
+    the numbers of one without a budget.
+    """
+    ticks = itertools.count()
+    hours = []
+    monkeypatch.setattr(training, "perf_counter", lambda: next(ticks) + 3600.0 * len(hours))
+
+    @in_place_of(noisy)
+    def slow_to_compile(model, batch, key):
+        hours.append(None)
+        return noisy(model, batch, key)
+
+    def spend(seconds):
+        path = tmp_path / "state"
+        return run(objective=slow_to_compile, checkpoint=path, resume=True, seconds=seconds)
+
+    first = spend(2.5)
+    assert hours
+    assert (first.loss.size, first.seconds) == (20, 2.0)
+    assert first.stopped == "the budget of 2.5 s was spent, 2 s of it in steps"
+    compiled = len(hours)
+    again = spend(2.5)
+    assert (bits(again), again.stopped, len(hours)) == (bits(first), first.stopped, compiled)
+    last = spend(4.0)
+    assert last.seconds == 4.0
+    assert last.stopped == "all 40 steps were run"
+    assert bits(last) == bits(plain)
 
 
 # --- validation -------------------------------------------------------------------------------
@@ -273,9 +390,9 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, held_out, unin
     with monkeypatch.context() as patch:
         patch.setattr(training, "save", saves_until(3))
         with pytest.raises(Stop):
-            run(validation=held_out, checkpoint=path)
+            run(validation=held_out, **FULL, checkpoint=path)
     assert path.exists()
-    result = run(validation=held_out, checkpoint=path, resume=True)
+    result = run(validation=held_out, **FULL, checkpoint=path, resume=True)
     assert bits(result) == bits(uninterrupted)
 
 
@@ -286,8 +403,10 @@ def test_a_run_stopped_twice_gives_the_same_bits(tmp_path, monkeypatch, held_out
         with monkeypatch.context() as patch:
             patch.setattr(training, "save", saves_until(1))
             with pytest.raises(Stop):
-                run(validation=held_out, checkpoint=path, resume=True)
-    assert bits(run(validation=held_out, checkpoint=path, resume=True)) == bits(uninterrupted)
+                run(validation=held_out, **FULL, checkpoint=path, resume=True)
+    assert bits(run(validation=held_out, **FULL, checkpoint=path, resume=True)) == bits(
+        uninterrupted
+    )
 
 
 def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch, held_out):
@@ -297,7 +416,8 @@ def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch, held
         patch.setattr(training, "save", saves_until(2))
         with pytest.raises(Stop):
             run(checkpoint=path)
-    result = run(objective=lambda m, b, k: noisy(m, b, k) + 100.0, checkpoint=path, resume=True)
+    higher = in_place_of(noisy)(lambda m, b, k: noisy(m, b, k) + 100.0)
+    result = run(objective=higher, checkpoint=path, resume=True)
     assert (result.loss[:20] < 50).all()
     assert (result.loss[20:] > 50).all()
 
@@ -322,26 +442,32 @@ def test_patience_goes_on_counting_after_a_resume(tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_run_again(tmp_path, held_out, uninterrupted):
     path = tmp_path / "state"
-    run(validation=held_out, checkpoint=path)
+    run(validation=held_out, **FULL, checkpoint=path)
     before = path.read_bytes()
 
     def untouched(*_):
         raise AssertionError("expected no step to be run")
 
-    result = run(objective=untouched, validation=held_out, checkpoint=path, resume=True)
+    result = run(
+        objective=in_place_of(noisy)(untouched),
+        validation=held_out,
+        **FULL,
+        checkpoint=path,
+        resume=True,
+    )
     assert bits(result) == bits(uninterrupted)
     assert path.read_bytes() == before
 
 
 def test_resuming_without_a_file_starts_anew(tmp_path, held_out, uninterrupted):
-    result = run(validation=held_out, checkpoint=tmp_path / "state", resume=True)
+    result = run(validation=held_out, **FULL, checkpoint=tmp_path / "state", resume=True)
     assert bits(result) == bits(uninterrupted)
     assert (tmp_path / "state").exists()
 
 
 def test_without_resume_a_file_that_is_there_is_not_read(tmp_path, held_out, uninterrupted):
     (tmp_path / "state").write_bytes(b"old")
-    result = run(validation=held_out, checkpoint=tmp_path / "state")
+    result = run(validation=held_out, **FULL, checkpoint=tmp_path / "state")
     assert bits(result) == bits(uninterrupted)
 
 
@@ -367,23 +493,48 @@ def test_a_run_resumes_in_double_precision_with_a_model_in_single(tmp_path, monk
 
 @pytest.mark.parametrize(
     "changed",
-    [{"key": jax.random.key(5)}, {"steps": 50}, {"every": 20}, {"optimizer": optax.sgd(0.1)}],
-    ids=["key", "steps", "every", "optimizer"],
+    [
+        {"key": jax.random.key(5)},
+        {"key": jax.random.key(0, impl="rbg")},
+        {"steps": 50},
+        {"every": 20},
+        {"ema": 0.9},
+        {"objective": squares},
+        {"optimizer": optax.sgd(0.1)},
+        {"optimizer": optax.adam(optax.constant_schedule(0.1))},
+    ],
+    ids=["key", "random", "steps", "every", "average", "objective", "optimizer", "schedule"],
 )
 def test_a_run_with_other_settings_is_not_resumed(tmp_path, finished, changed):
+    """And the message names the setting."""
     path = tmp_path / "state"
     path.write_bytes(finished)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+    (name,) = changed
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}.*'{name}'"):
         run(checkpoint=path, resume=True, **changed)
     assert path.read_bytes() == before
 
 
 def test_the_settings_of_another_run_are_named(tmp_path, finished):
     (tmp_path / "state").write_bytes(finished)
-    assert read_settings(tmp_path / "state") == {"steps": 40, "every": 10, "key": [0, 0]}
-    with pytest.raises(CheckpointError, match=r"'steps': 50.*got .*'steps': 40.*same run"):
+    assert read_settings(tmp_path / "state") == {
+        "steps": 40,
+        "every": 10,
+        "key": [0, 0],
+        "random": "threefry2x32",
+        "ema": None,
+        "objective": f"{__name__}.noisy",
+        "optimizer": ["ScaleByAdamState", "EmptyState"],
+    }
+    with pytest.raises(CheckpointError, match=r"{'steps': 50}, got {'steps': 40}; .* same run"):
         run(checkpoint=tmp_path / "state", resume=True, steps=50)
+
+
+def test_an_objective_is_known_by_where_it_is_defined():
+    """A function, one whose arguments are filled in, or the class of an object."""
+    assert training._name(functools.partial(noisy, key=KEY)) == f"{__name__}.noisy"
+    assert training._name(Line()) == f"{__name__}.Line"
 
 
 def test_another_model_s_state_and_a_damaged_state_are_not_resumed(tmp_path, finished):
@@ -425,7 +576,8 @@ def test_a_loss_that_is_not_finite_raises_with_step_key_and_model(tmp_path):
     for part in ("nan", "step 11", str(jax.random.key_data(error.key).tolist()), str(path)):
         assert part in str(error)
     # The checkpoint holds step 8: a mended objective goes on from there.
-    result = run(start, lambda m, b, k: m.offset, **settings, resume=True)
+    mended = in_place_of(falls_off)(lambda m, b, k: m.offset)
+    result = run(start, mended, **settings, resume=True)
     assert np.isfinite(result.loss).all()
     np.testing.assert_allclose(result.loss[[0, 7, 8]], [1.05, 0.35, 0.25], rtol=1e-5)
 
@@ -439,6 +591,8 @@ def test_the_key_in_the_error_draws_the_batch_that_did_it():
 
     with pytest.raises(TrainingDivergedError) as caught:
         fit(Line(), squares, poisoned, **(BASE | {"steps": 400, "every": 50}))
+    assert "the batch that this key draws is not finite itself" in str(caught.value)
+    assert re.search(r"inf at index \(0,\) of batch\[1\]", str(caught.value))
     k_batch, _ = jax.random.split(caught.value.key)
     assert np.isinf(poisoned(k_batch)[1]).all()
     for step in range(caught.value.step):
@@ -453,7 +607,9 @@ def bad_gradient(model: Line, batch: tuple, key: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("steps", [2, 6])
-def test_a_last_update_that_is_not_finite_is_not_returned_or_saved(tmp_path, steps):
+def test_a_last_update_that_is_not_finite_is_not_returned_and_the_good_state_is_saved(
+    tmp_path, steps
+):
     """The loss of the chunk's last step is finite, what its update leaves is not."""
     path = tmp_path / "state"
     settings = {"optimizer": optax.sgd(1.0), "steps": steps, "every": 2, "checkpoint": path}
@@ -461,7 +617,10 @@ def test_a_last_update_that_is_not_finite_is_not_returned_or_saved(tmp_path, ste
         run(objective=bad_gradient, **settings)
     assert caught.value.step == 1
     assert caught.value.model.offset == 1.0
-    assert not path.exists()  # no good state was ever reached
+    # The good state that was left is the one before any step: a mended objective starts there.
+    mended = in_place_of(bad_gradient)(lambda model, batch, key: model.offset)
+    result = run(objective=mended, **settings, resume=True)
+    np.testing.assert_array_equal(result.loss, 1.0 - np.arange(steps))
 
 
 # --- settings that do not fit -----------------------------------------------------------------
@@ -475,6 +634,10 @@ def test_a_last_update_that_is_not_finite_is_not_returned_or_saved(tmp_path, ste
         ({"every": 0}, "every >= 1, got 40, 0"),
         ({"patience": 2}, "a validation batch"),
         ({"resume": True}, "path of a checkpoint"),
+        ({"ema": 1.0}, "0 < ema < 1, got 1.0"),
+        ({"ema": 0.0}, "0 < ema < 1, got 0.0"),
+        ({"seconds": 0.0}, "seconds > 0, got 0.0"),
+        ({"seconds": float("nan")}, "seconds > 0, got nan"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_runs(changed, message):

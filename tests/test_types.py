@@ -45,6 +45,9 @@ def test_signatures_are_checked_in_this_suite():
         ({"y": [1.0, 2.0], "sd": [1.0, np.inf]}, r"positive, finite sd.*got inf at index \(1,\)"),
         ({"y": [1.0, 2.0], "sd": [1.0]}, r"number or of the shape of y, \(2,\), got \(1,\)"),
         ({"y": [1.0], "sd": "wide"}, r"real numbers in sd"),
+        ({"y": [1.0, 2.0], "time": [1.0]}, r"time of the shape of y, \(2,\), got \(1,\)"),
+        ({"y": [1.0, 2.0], "time": [0.0, NAN]}, r"finite times at observed.*nan at index \(1,\)"),
+        ({"y": [1.0], "time": "noon"}, r"real numbers in time"),
     ],
 )
 def test_bad_input_is_refused_with_its_reason(arguments, message):
@@ -55,10 +58,11 @@ def test_bad_input_is_refused_with_its_reason(arguments, message):
 def test_nothing_bad_survives_at_masked_entries():
     y = [1.0, NAN, np.inf, -999.0]
     sd = [0.5, NAN, 0.0, -1.0]
-    event = as_event(y, [True, False, False, False], sd)
+    event = as_event(y, [True, False, False, False], sd, time=[3.0, NAN, np.inf, 9.0])
     np.testing.assert_array_equal(event.mask, [True, False, False, False])
     np.testing.assert_array_equal(event.y, [1.0, 0.0, 0.0, 0.0])
     np.testing.assert_array_equal(event.sd, [0.5, 1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(event.time, [3.0, 0.0, 0.0, 0.0])
 
 
 def test_without_a_mask_nan_means_missing():
@@ -95,14 +99,18 @@ def test_a_masked_array_keeps_its_mask():
 
 def test_values_and_error_bars_are_safe_to_differentiate():
     """Through `values` and `error_sd` a NaN at a masked entry reaches neither value nor slope."""
-    event = Event(jnp.array([1.0, NAN]), jnp.array([True, False]), jnp.array([2.0, NAN]))
+    mask = jnp.array([True, False])
+    given = (jnp.array([1.0, NAN]), jnp.array([2.0, NAN]), jnp.array([3.0, NAN]))
 
-    def cost(y, sd):
-        seen = Event(y, event.mask, sd)
-        return jnp.sum((seen.values / seen.error_sd) ** 2)
+    def cost(y, sd, time):
+        seen = Event(y, mask, sd, time)
+        return jnp.sum((seen.values / seen.error_sd) ** 2 + seen.when**2)
 
-    value, slopes = jax.value_and_grad(cost, argnums=(0, 1))(event.y, event.sd)
-    assert float(value) == 0.25
+    value, slopes = jax.value_and_grad(cost, argnums=(0, 1, 2))(*given)
+    assert float(value) == 9.25
     np.testing.assert_allclose(slopes[0], [0.5, 0.0])
     np.testing.assert_allclose(slopes[1], [-0.25, 0.0])
-    assert Event(event.y, event.mask).error_sd is None
+    np.testing.assert_allclose(slopes[2], [6.0, 0.0])
+    bare = Event(given[0], mask)
+    assert bare.error_sd is None
+    assert bare.when is None

@@ -1,5 +1,6 @@
 """An inverse problem is a prior, a forward model and a noise, and a pattern of gaps over them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,10 @@ class InverseProblem(eqx.Module):
     def batch(self, key: Key, n: int) -> tuple[Array, Event]:
         """`n` independent pairs, stacked on a leading axis. Fresh key, fresh minibatch."""
         return jax.vmap(self.simulate)(jax.random.split(key, n))
+
+    def with_gaps(self, gaps: Callable[[Key, tuple[int, ...]], Array]) -> "InverseProblem":
+        """The same problem under another pattern of gaps: to validate on, or to ask about."""
+        return dataclasses.replace(self, gaps=gaps)
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of x and of y, found without running anything."""

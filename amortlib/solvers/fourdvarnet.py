@@ -1,5 +1,6 @@
 """4DVarNet: a learned prior, and a learned solver that descends on it in a few steps."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -189,7 +190,7 @@ class FourDVarNet(AbstractSolver):
 
     def trajectory(self, event: Event) -> Float[Array, "n k"]:
         """The states of the window that the network returns, all at once."""
-        event = Event(event.y, event.mask, self.energy.sd(event))
+        event = dataclasses.replace(event, sd=self.energy.sd(event))
         background = _window(self.energy.forward).trajectory(self.energy.prior.loc)
         found = self.network.to_states(self.network(event))
         return jnp.where(event.mask.any(), found, background)

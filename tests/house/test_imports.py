@@ -17,6 +17,7 @@ ORDER = [
     "dynamics",
     "observation",
     "problems",
+    "pairs",
     "energy",
     "laplace",
     "solvers",
