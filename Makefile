@@ -9,6 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Test processes side by side; each takes up to two gigabytes. A file's tests stay in one process,
+# which compiles what they share once.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: help book test quick lint format lab pins clean
 
@@ -41,10 +45,10 @@ book: $(STAMP)
 	@$(BIN)/python -m tools.build_book
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 quick: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

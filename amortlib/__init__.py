@@ -1,8 +1,9 @@
 """Amortized inference for data assimilation, on gappy observations.
 
 The package is read bottom up, in the order in which its modules may import each other:
-``types``, ``export``, ``gaussian``, ``dynamics``, ``observation``, ``problems``, ``energy``,
-``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``, ``training``.
+``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
+``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``, ``objectives``,
+``training``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -17,6 +18,7 @@ from amortlib import (
     gaussian,
     heads,
     laplace,
+    modes,
     objectives,
     observation,
     posterior,
@@ -55,6 +57,7 @@ __all__ = [
     "heads",
     "laplace",
     "load",
+    "modes",
     "objectives",
     "observation",
     "posterior",

@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Float
 
 from amortlib.encoders import AbstractEncoder, FlatEncoder, SiteEncoder
-from amortlib.gaussian import AbstractDistribution, GaussMarkov
+from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov, quasi_normal
 from amortlib.heads.base import AbstractHead
+from amortlib.heads.flow import FlowHead
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
 from amortlib.types import Array, Event, InvalidEventError, Key, PyTree
 
-__all__ = ["AmortizedPosterior", "in_buckets", "regression_posterior"]
+__all__ = ["AmortizedPosterior", "flow_posterior", "in_buckets", "regression_posterior"]
 
 
 class AmortizedPosterior(eqx.Module):
@@ -179,3 +180,70 @@ def regression_posterior(
         int(flat.mlp.out_size), prior.loc.size, key=k_head, centre=prior.loc, scale=prior.sd()
     )
     return AmortizedPosterior(flat, head)
+
+
+def flow_posterior(
+    base: str = "gaussian",
+    *,
+    key: Key,
+    prior: Gaussian | GaussMarkov,
+    obs_shape: tuple[int, ...],
+    uses_sd: bool = False,
+    components: int = 1,
+    encoder: AbstractEncoder | None = None,
+    features: int = 128,
+    encoder_width: int = 256,
+    encoder_depth: int = 2,
+    **sizes: Any,
+) -> AmortizedPosterior:
+    """A conditional flow over a Gaussian, with the plain encoder or another that is given.
+
+    Args:
+        base: `"gaussian"`: the flow starts from the answer of a full-covariance regression head on
+            the same context, trained with it; `"prior"`: from the prior.
+        key: initialises the weights.
+        prior: background density of the state; its mean and spread are the regression head's
+            units, or it is the base itself.
+        obs_shape: shape of `y`.
+        uses_sd: whether error bars differ between events and are read.
+        components: with more than one the answer is a mixture of flows, each around a Gaussian
+            of its own.
+        encoder: whose context is one array of `features` numbers; by default a `FlatEncoder`.
+        features: length of the context.
+        encoder_width: of the hidden layers of the `FlatEncoder`.
+        encoder_depth: number of them.
+        sizes: passed on to the [`FlowHead`][amortlib.heads.FlowHead] (`kind`, `transformer`,
+            `layers`, `condition`, `width`, `depth`, `knots`, `points`, `climbs`).
+
+    Raises:
+        ValueError: on another base, or a mixture over the prior, whose pieces would be one.
+    """
+    k_encoder, k_flow, k_base = jax.random.split(key, 3)
+    dim = prior.loc.size
+    if encoder is None:
+        encoder = FlatEncoder(
+            tuple(obs_shape),
+            key=k_encoder,
+            features=features,
+            width=encoder_width,
+            depth=encoder_depth,
+            uses_sd=uses_sd,
+        )
+    if base == "prior":
+        if components != 1:
+            raise ValueError(f"expected one component over the prior, got {components}")
+        return AmortizedPosterior(encoder, FlowHead(features, prior, dim=dim, key=k_flow, **sizes))
+    if base != "gaussian":
+        raise ValueError(f"expected base 'gaussian' or 'prior', got {base!r}")
+    if components < 1:
+        raise ValueError(f"expected at least one component, got {components}")
+    # Components that start alike would stay alike: they start a spread of the prior apart.
+    apart = quasi_normal(2 * components, dim)[:components] * (components > 1)
+    heads = []
+    for k_head, start in zip(jax.random.split(k_base, components), apart, strict=True):
+        head = CholeskyHead(features, dim, key=k_head, centre=prior.loc, scale=prior.sd())
+        bias = head.linear.bias
+        assert bias is not None
+        moved = bias.at[:dim].set(jnp.asarray(start, bias.dtype))
+        heads.append(eqx.tree_at(lambda h: h.linear.bias, head, moved))
+    return AmortizedPosterior(encoder, FlowHead(features, heads, dim=dim, key=k_flow, **sizes))

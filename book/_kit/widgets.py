@@ -68,7 +68,7 @@ def gap_picture(
         exact_sd=np.asarray(spread),
         head_mean=np.asarray(head_mean),
         head_sd=np.asarray(head_sd),
-        kl=float(distance),
+        kl=max(float(distance), 0.0),  # rounding may leave it a little below zero
     )
 
 

@@ -13,6 +13,7 @@ ORDER = [
     "types",
     "export",
     "gaussian",
+    "modes",
     "dynamics",
     "observation",
     "problems",
