@@ -1,11 +1,13 @@
 """The amortized posterior: an encoder and a head, asked about one event or about many."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from amortlib.encoders import AbstractEncoder, FlatEncoder, ScaledEncoder, SiteEncoder
@@ -15,9 +17,15 @@ from amortlib.heads.flow import FlowHead
 from amortlib.heads.mixture import MixtureHead
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
 from amortlib.heads.score import AbstractNoise, AbstractSampler, FlowODE, ScoreHead
-from amortlib.types import Array, Event, InvalidEventError, Key
+from amortlib.types import Array, Event, InvalidEventError, Key, PyTree
 
-__all__ = ["AmortizedPosterior", "flow_posterior", "regression_posterior", "score_posterior"]
+__all__ = [
+    "AmortizedPosterior",
+    "flow_posterior",
+    "in_buckets",
+    "regression_posterior",
+    "score_posterior",
+]
 
 
 class AmortizedPosterior(eqx.Module):
@@ -86,6 +94,57 @@ class AmortizedPosterior(eqx.Module):
     def mode_jacobian(self, event: Event) -> Float[Array, "d *obs"]:
         """d mode / dy: how the answer moves with each observation; zero at masked entries."""
         return jax.jacfwd(lambda y: self.mode(dataclasses.replace(event, y=y)))(event.y)
+
+
+def in_buckets(fn: Callable[..., PyTree], *batches: PyTree) -> PyTree:
+    """Map `fn` over the leading axis of `batches`, padded to a power of two: few compilations.
+
+        means = in_buckets(posterior.mean, events)
+        draw = lambda event, key: posterior.sample(event, 100, key=key)
+        draws = in_buckets(draw, events, jax.random.split(key, n))
+
+    A compiled program is for one shape, so that batches of every size, as they come in a stream,
+    would each compile. Here 513 to 1,024 events share one program. The last event is repeated to
+    fill the bucket, and what is made of the copies is thrown away; up to half of the work is
+    wasted. Give the same `fn` again, and not a new lambda:
+    a method of a model is the same function whatever its weights.
+
+    Args:
+        fn: of one event, and of whatever else has one row an event.
+        batches: pytrees of arrays with one leading axis, the same for all.
+
+    Returns:
+        What `fn` returns, stacked, as numpy arrays.
+
+    Raises:
+        ValueError: on leading axes that differ, or with nothing on them.
+    """
+    leaves = jax.tree.leaves(batches)
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    if len(sizes) != 1 or sizes & {None, 0}:
+        raise ValueError(
+            "expected batches with one leading axis, the number of events, of at least one; got "
+            f"shapes {[leaf.shape for leaf in leaves]}"
+        )
+    n = leaves[0].shape[0]
+    size = 1 << (n - 1).bit_length()
+    padded = jax.tree.map(lambda leaf: _pad(leaf, size), batches)
+    # Cut in numpy: a slice by jax would be one more program for every n.
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], _mapped(fn, padded))
+
+
+def _pad(leaf: Array, size: int) -> Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        words = _pad(jax.random.key_data(leaf), size)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    values = np.asarray(leaf)
+    fill = np.broadcast_to(values[-1:], (size - len(values), *values.shape[1:]))
+    return jnp.asarray(np.concatenate([values, fill]))
+
+
+@eqx.filter_jit
+def _mapped(fn: Callable[..., PyTree], batches: tuple[PyTree, ...]) -> PyTree:
+    return jax.vmap(fn)(*batches)
 
 
 def regression_posterior(

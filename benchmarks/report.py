@@ -38,14 +38,19 @@ class Bar:
         return cls(f"{name} {sign} {bar:g}", float(value), float(bar), bool(holds))
 
 
-def arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `--json FILE` and `--quick`."""
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser of `--json FILE` and `--quick`, to which a benchmark can add its own flags."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as data")
     parser.add_argument(
         "--quick", action="store_true", help="a short run that only shows that it works"
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse `--json FILE` and `--quick`."""
+    return parser(description).parse_args(argv)
 
 
 def machine() -> dict[str, Any]:
@@ -71,7 +76,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {}
-    for name in ("amortlib", "jax", "jaxlib", "equinox", "optax", "diffrax", "numpy"):
+    for name in ("amortlib", "jax", "jaxlib", "equinox", "optax", "diffrax", "flowjax", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,0 +1,91 @@
+"""Nothing is compiled again when the mask, the event, or the number of events changes."""
+
+import logging
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from amortlib.posterior import AmortizedPosterior, in_buckets, regression_posterior
+from amortlib.problems import ornstein_uhlenbeck
+from amortlib.types import Event
+
+SITES = 8
+
+
+@pytest.fixture(scope="module", params=["information", "cholesky", "diagonal"])
+def posterior(request: pytest.FixtureRequest) -> AmortizedPosterior:
+    prior = ornstein_uhlenbeck(SITES).prior
+    return regression_posterior(request.param, key=jax.random.key(0), prior=prior)
+
+
+def _events(n: int, seed: int) -> Event:
+    """With masks of every kind, in numpy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((n, SITES)) < rng.random((n, 1))
+    y = rng.normal(size=(n, SITES)).astype(np.float32)
+    return Event(jnp.asarray(np.where(mask, y, np.nan)), jnp.asarray(mask))
+
+
+def _compiled(run: Callable[[], object], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Names of the programs that XLA compiles while `run` runs."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run()
+    return [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+
+
+def test_the_counter_counts(caplog: pytest.LogCaptureFixture) -> None:
+    program = jax.jit(lambda x: x + 1.0)
+    assert len(_compiled(lambda: program(np.ones(3)), caplog)) == 1
+    assert _compiled(lambda: program(np.zeros(3)), caplog) == []
+    assert len(_compiled(lambda: program(np.zeros(4)), caplog)) == 1
+
+
+def test_a_bucket_is_compiled_once(
+    posterior: AmortizedPosterior, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = {n: _events(n, seed=n) for n in (8, 5, 6, 7, 9)}
+    first = _compiled(lambda: in_buckets(posterior.mean, events[5]), caplog)
+    assert any("_mapped" in name for name in first)
+    for n in (5, 6, 7, 8):
+        assert _compiled(lambda n=n: in_buckets(posterior.mean, events[n]), caplog) == []
+    trained = jax.tree.map(lambda a: 1.01 * a if eqx.is_inexact_array(a) else a, posterior)
+    assert _compiled(lambda: in_buckets(trained.mean, events[6]), caplog) == []
+    assert _compiled(lambda: in_buckets(posterior.mean, events[9]), caplog) != []
+
+
+def test_one_event_is_compiled_once_whatever_its_mask(
+    posterior: AmortizedPosterior, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = eqx.filter_jit(lambda model, event, key: model.sample(event, 3, key=key))
+    events = [jax.tree.map(lambda leaf: leaf[0], _events(1, seed=seed)) for seed in range(5)]
+    key = jax.random.key(1)
+    program(posterior, events[0], key)
+    assert _compiled(lambda: [program(posterior, e, key) for e in events], caplog) == []
+
+
+def test_padding_does_not_change_an_answer(posterior: AmortizedPosterior) -> None:
+    events, keys = _events(3, seed=3), jax.random.split(jax.random.key(3), 3)
+
+    def draw(event, key):
+        return posterior.sample(event, 2, key=key), posterior.sd(event)
+
+    want = jax.jit(jax.vmap(draw))(events, keys)
+    got = in_buckets(draw, events, keys)
+    for a, b in zip(want, got, strict=True):
+        assert isinstance(b, np.ndarray)
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_batches_that_do_not_fit_are_refused(posterior: AmortizedPosterior) -> None:
+    events = _events(3, seed=0)
+    with pytest.raises(ValueError, match="one leading axis"):
+        in_buckets(posterior.mean, jax.tree.map(lambda leaf: leaf[:0], events))
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        in_buckets(lambda event, key: event.y, events, jax.random.split(jax.random.key(0), 2))
+    with pytest.raises(ValueError, match=r"got shapes \[\(\)\]"):
+        in_buckets(jnp.sin, jnp.asarray(1.0))
