@@ -208,9 +208,9 @@ def spectrum_rows(
         for name, method in ladder.items():
             one = eqx.filter_jit(method.run)
             many = eqx.filter_jit(eqx.filter_vmap(method.run))
-            chunks = eqx.filter_jit(
-                lambda e, run=method.run: jax.lax.map(run, e, batch_size=min(CHUNK, events))
-            )
+            chunks = eqx.filter_jit(lambda e, run=method.run: jax.lax.map(run, e, batch_size=CHUNK))
+            if events <= CHUNK:  # a batch of one chunk: the same program
+                chunks = many
             mode, covariance, outer, inner = jax.block_until_ready(many(batch))
             jax.block_until_ready((one(single), chunks(batch)))
             alone, _ = _median(one, single, 10 * repeats)
