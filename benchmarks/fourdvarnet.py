@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from amortlib.energy import Energy
-from amortlib.export import build_and_load, save
+from amortlib.export import build_and_load, read_settings, save
 from amortlib.observation import AbstractGaps, ContiguousGaps, Dropouts
 from amortlib.problems import Window, lorenz63
 from amortlib.solvers import (
@@ -60,6 +60,11 @@ def load() -> FourDVarNetwork:
     return build_and_load(
         FILE, lambda sizes, record: fourdvar_network(lorenz63(), key=key, **sizes)
     )
+
+
+def training_seconds() -> float:
+    """How long the shipped network was trained, as its file records it."""
+    return float(read_settings(FILE)["record"]["seconds"])
 
 
 def train(*, steps: int, batch: int = BATCH) -> tuple[FourDVarNetwork, float]:

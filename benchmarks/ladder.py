@@ -159,19 +159,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     head, seconds = spectrum.train_head(20 if args.quick else 4000)
     climb = spectrum.spectrum_rows(
-        fourdvarnet.load(), head, events=16 if args.quick else 1000, repeats=1 if args.quick else 5
+        fourdvarnet.load(),
+        head,
+        events=16 if args.quick else 1000,
+        repeats=1 if args.quick else 5,
+        network_seconds=fourdvarnet.training_seconds(),
+        head_seconds=seconds,
     )
     unit = climb[-1]
-    print(f"\ntimes over those of the head, which was trained in {seconds:.0f} s")
+    print(
+        f"\ntimes over those of the head: an event alone, in a batch of {unit['events']} at once, "
+        f"and in chunks of {spectrum.CHUNK}"
+    )
     print(
         table(
-            ["method", "outer", "inner", "alone", "in a batch", "RMSE", "median", "spread"],
+            [
+                "method",
+                "outer",
+                "inner",
+                "alone",
+                "at once",
+                "chunks",
+                "idle",
+                "RMSE",
+                "median",
+                "spread",
+                "trained",
+                "work for an event",
+            ],
             [
                 [
                     row["method"],
                     *(f"{row[k]:.1f}" if k in row else "-" for k in ("outer", "inner")),
-                    *(f"{row[k] / unit[k]:.1f}" if k in row else "-" for k in ("one", "many")),
+                    *(f"{row[k] / unit[k]:.1f}" for k in ("one", "many", "chunks")),
+                    f"{100 * row['idle']:.0f}%" if "idle" in row else "-",
                     *(f"{row[k]:.2f}" for k in ("rmse", "median_error", "spread")),
+                    f"{row['trained']:.0f} s" if row["trained"] else "-",
+                    row["work"],
                 ]
                 for row in climb
             ],
