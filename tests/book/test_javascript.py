@@ -1,0 +1,221 @@
+"""The JavaScript of the live widgets: its unit tests, and its answers against amortlib's."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _kit.heads import OU_NOISE, load_ou_head
+from _kit.packing import pack, pack_posterior
+
+from amortlib import export
+from amortlib.encoders import SiteEncoder
+from amortlib.gaussian import GaussMarkov, condition, kl
+from amortlib.heads import InformationHead
+from amortlib.posterior import AmortizedPosterior, regression_posterior
+from amortlib.problems import ornstein_uhlenbeck
+from amortlib.types import Event, Fixed, to_double
+from tools.node import find_node
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "tests" / "js"
+SOURCES = ROOT / "book" / "_kit" / "js"
+
+HUGE = 1e6
+"""How far some observations lie outside anything that the shipped head was trained on: its
+messages are bounded, so that it answers even these."""
+FAR = 3.0
+"""Likewise for the others, whose answers to absurd values are nothing but rounding."""
+
+
+def node(*arguments: str | Path) -> str:
+    """Run node and return what it prints."""
+    run = subprocess.run(
+        [find_node(), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_unit_tests_of_the_library() -> None:
+    """Every file of tests runs, and node counts at least as many tests as the files name."""
+    files = sorted(SCRIPTS.glob("*.test.mjs"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in files)
+    named = len(re.findall(r"^test\(", sources, flags=re.MULTILINE))
+    report = node("--test", "--test-reporter=tap", *files)
+    counts = {
+        name: int(n) for name, n in re.findall(r"^# (\w+) (\d+)$", report, flags=re.MULTILINE)
+    }
+    assert named > 0
+    assert counts["pass"] >= named
+    assert counts["fail"] == counts["skipped"] == counts["todo"] == 0
+
+
+def test_both_sides_read_the_same_version() -> None:
+    text = (SOURCES / "weights.mjs").read_text(encoding="utf-8")
+    assert f'FORMAT_VERSION = "{export.FORMAT_VERSION}"' in text
+
+
+# --- parity with amortlib ---
+
+
+def masks(n: int) -> np.ndarray:
+    """Every contiguous gap, everything seen, nothing seen, single entries, and random patterns."""
+    start, length, at = np.ix_(np.arange(n), np.arange(n + 1), np.arange(n))
+    every = ((at < start) | (at >= start + length)).reshape(-1, n)
+    alone = np.eye(n, dtype=bool)
+    rng = np.random.default_rng(0)
+    patterns = rng.random((200, n)) < rng.random((200, 1))
+    return np.concatenate([np.unique(every, axis=0), alone, patterns])
+
+
+def events(prior: GaussMarkov, far: float, seed: int) -> dict[str, np.ndarray]:
+    """Observations under every mask, with errors from one end of the range to the other.
+
+    Some are far outside of training, and masked entries hold what records hold there.
+    """
+    seen = masks(prior.loc.size)
+    rng = np.random.default_rng(seed)
+    shape = seen.shape
+    ends = np.where(rng.random((shape[0], 1)) < 0.5, *OU_NOISE)
+    sd = np.where(rng.random((shape[0], 1)) < 0.5, rng.uniform(*OU_NOISE, shape), ends)
+    chol = np.linalg.cholesky(np.asarray(prior.covariance(), float))
+    y = rng.normal(size=shape) @ chol.T + sd * rng.normal(size=shape)
+    y[rng.random(shape[0]) < 0.05] *= far
+    y = np.where(seen, y, np.where(rng.random(shape) < 0.5, np.nan, -999.0))
+    return {"y": y, "mask": seen, "sd": np.where(seen, sd, np.nan), "z": rng.normal(size=shape)}
+
+
+@eqx.filter_jit
+def answers(posterior: AmortizedPosterior, prior: GaussMarkov | None, given: dict) -> dict:
+    """What amortlib makes of the events: moments, a draw from given noise, densities."""
+
+    def one(y, mask, sd, z):
+        event = Event(y, mask, sd)
+        q = posterior(event)
+        draw = q.colour(z)
+        x = q.mean() + 0.5 * z * q.sd()
+        found = {
+            "mean": q.mean(),
+            "spread": q.sd(),
+            "sample": draw,
+            "x": x,
+            "log_prob": q.log_prob(x)[None],
+        }
+        if prior is not None:
+            exact = condition(prior, jnp.eye(y.size), event)
+            found |= {"exact_mean": exact.mean(), "exact_sd": exact.sd()}
+            found["kl"] = kl(exact, q)[None]
+        return found
+
+    return jax.vmap(one)(given["y"], given["mask"], given["sd"], given["z"])
+
+
+def shaken(posterior: AmortizedPosterior, seed: int) -> AmortizedPosterior:
+    """The posterior with random weights of a size that makes its answers differ between events."""
+    trainable, rest = eqx.partition(
+        posterior, eqx.is_inexact_array, is_leaf=lambda tree: isinstance(tree, Fixed)
+    )
+    leaves, treedef = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(seed)
+    new = [leaf + 0.2 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return eqx.combine(jax.tree.unflatten(treedef, new), rest)
+
+
+def shipped() -> tuple[AmortizedPosterior, GaussMarkov, bool]:
+    posterior, problem = load_ou_head()
+    return posterior, problem.prior, True
+
+
+def plain(kind: str) -> tuple[AmortizedPosterior, GaussMarkov, bool]:
+    prior = ornstein_uhlenbeck(9, timescale=3.0, loc=0.7, noise=OU_NOISE).prior
+    made = regression_posterior(
+        kind, key=jax.random.key(1), prior=prior, uses_sd=True, features=8, width=16
+    )
+    return shaken(made, 2), prior, True
+
+
+def neighbours() -> tuple[AmortizedPosterior, GaussMarkov, bool]:
+    """Messages about blocks of two, read with neighbours, without error bars."""
+    rng = np.random.default_rng(3)
+    n, block = 7, 2
+    diag = np.tril(rng.normal(size=(n, block, block)))
+    diag[:, range(block), range(block)] = 1.0 + rng.random((n, block))
+    prior = GaussMarkov(
+        jnp.asarray(rng.normal(size=n * block), jnp.float32),
+        jnp.asarray(diag, jnp.float32),
+        jnp.asarray(0.5 * rng.normal(size=(n - 1, block, block)), jnp.float32),
+    )
+    encoder = SiteEncoder(key=jax.random.key(4), radius=2, features=4, width=8)
+    site = jnp.asarray(rng.integers(0, n, 2 * n))
+    head = InformationHead(encoder.size, prior, key=jax.random.key(5), site=site, rank=2)
+    return shaken(AmortizedPosterior(encoder, head), 6), prior, False
+
+
+CASES: dict[str, Callable[[], tuple[AmortizedPosterior, GaussMarkov, bool]]] = {
+    "shipped": shipped,
+    "cholesky": lambda: plain("cholesky"),
+    "diagonal": lambda: plain("diagonal"),
+    "blocks with neighbours": neighbours,
+}
+
+
+def vectors(
+    posterior: AmortizedPosterior, prior: GaussMarkov, with_exact: bool, given: dict
+) -> tuple[bytes, bytes]:
+    """The two files that the JavaScript is given: the weights, and the events with answers."""
+    dtype = posterior.encoder.mlp.layers[0].weight.dtype
+    given = {k: v if v.dtype == bool else jnp.asarray(v, dtype) for k, v in given.items()}
+    found = answers(posterior, prior if with_exact else None, given)
+    tree = jax.tree.map(jnp.asarray, given | found) | ({"prior": prior} if with_exact else {})
+    return pack_posterior(posterior), pack(tree)
+
+
+def make(name: str, *, double: bool) -> tuple[bytes, bytes]:
+    posterior, prior, with_exact = CASES[name]()
+    given = events(prior, HUGE if name == "shipped" else FAR, 7)
+    if not double:
+        # In single precision the answers to absurd values are dominated by rounding.
+        usual = np.nanmax(np.abs(np.where(given["mask"], given["y"], 0)), axis=1) < HUGE / 100
+        given = {key: value[usual] for key, value in given.items()}
+        return vectors(posterior, prior, with_exact, given)
+    with jax.enable_x64(True):
+        posterior, prior = to_double((posterior, prior))
+        return vectors(posterior, prior, with_exact, given)
+
+
+def in_node(folder: Path, weights: bytes, answered: bytes) -> dict[str, Any]:
+    (folder / "weights").write_bytes(weights)
+    (folder / "vectors").write_bytes(answered)
+    return json.loads(node(SCRIPTS / "run_parity.mjs", folder / "weights", folder / "vectors"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_answers_in_double_precision(tmp_path: Path, name: str) -> None:
+    """Both compute with 53 bits: what is left is rounding, far below the bar of 1e-5."""
+    worst = in_node(tmp_path, *make(name, double=True))
+    print(name, worst)
+    assert worst.pop("events") >= 200
+    assert {"mean", "sd", "sample", "log_prob"} <= set(worst)
+    assert max(worst.values()) <= 1e-8, worst
+
+
+def test_the_same_answers_as_the_head_that_is_shipped(tmp_path: Path) -> None:
+    """Against single precision, which is what the chapters run: the bar of the book."""
+    worst = in_node(tmp_path, *make("shipped", double=False))
+    print(worst)
+    assert worst.pop("events") > 600
+    assert max(worst.values()) <= 1e-5, worst

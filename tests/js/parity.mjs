@@ -1,0 +1,53 @@
+/**
+ * What the JavaScript makes of events that amortlib answered: the largest relative differences.
+ *
+ * A difference is divided by the largest number of the event's own answer, so that a component
+ * that happens to be near zero is held to the scale of its neighbours.
+ */
+
+import { kl } from "../../book/_kit/js/gaussian.mjs";
+import { exactPosterior, loadPosterior, priorOf } from "../../book/_kit/js/posterior.mjs";
+import { readWeights } from "../../book/_kit/js/weights.mjs";
+
+/** Row `i` of a tensor `(N, k)`. */
+const row = (tensor, i) => {
+  const k = tensor.shape[1];
+  return tensor.data.subarray(i * k, (i + 1) * k);
+};
+
+/** Largest difference of two arrays over the largest entry of the second, or over `floor`. */
+export function difference(got, wanted, floor = 0) {
+  const scale = Math.max(floor, ...wanted.map(Math.abs));
+  const worst = Math.max(...wanted.map((value, i) => Math.abs(got[i] - value)));
+  if (got.length !== wanted.length || Number.isNaN(worst)) return Infinity;
+  return scale === 0 ? worst : worst / scale;
+}
+
+/** Run every event; returns the worst difference of each quantity. */
+export function parity(weights, vectors) {
+  const posterior = loadPosterior(weights);
+  const { tensors } = readWeights(vectors);
+  const prior = "['prior'].loc" in tensors ? priorOf(tensors, "['prior']") : null;
+  const get = (name) => tensors[`['${name}']`];
+  const worst = { events: 0 };
+  const note = (name, got, wanted, floor) => {
+    worst[name] = Math.max(worst[name] ?? 0, difference(got, wanted, floor));
+  };
+  for (let i = 0; i < get("y").shape[0]; i++) {
+    const event = { y: row(get("y"), i), mask: Array.from(row(get("mask"), i), Boolean), sd: row(get("sd"), i) };
+    const q = posterior(event);
+    note("mean", q.mean(), row(get("mean"), i));
+    note("sd", q.sd(), row(get("spread"), i));
+    note("sample", q.colour(row(get("z"), i)), row(get("sample"), i));
+    // In nats: sums of one term of order one a component, which may cancel to nothing.
+    note("log_prob", [q.logProb(row(get("x"), i))], row(get("log_prob"), i), q.dim);
+    if (prior) {
+      const exact = exactPosterior(prior, event);
+      note("exact mean", exact.mean(), row(get("exact_mean"), i));
+      note("exact sd", exact.sd(), row(get("exact_sd"), i));
+      note("kl", [kl(exact, q)], row(get("kl"), i), q.dim);
+    }
+    worst.events += 1;
+  }
+  return worst;
+}
