@@ -1,7 +1,7 @@
 """Heads that pages load instead of training: how each is built, made, and read back.
 
-Weights are made by `python -m benchmarks.make_weights`, `python -m benchmarks.fourdvarnet` and
-`python -m benchmarks.flow_lorenz63`, which record what they reach.
+Weights are made by `python -m benchmarks.make_weights`, `fourdvarnet`, `flow_lorenz63` and `bimodal` of the same
+folder, which record what they reach.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from typing import Any
 
 import jax
 
-from amortlib.encoders import FlatEncoder
+from amortlib.encoders import FlatEncoder, ScaledEncoder
 from amortlib.energy import Energy
 from amortlib.export import build_and_load, read_settings
 from amortlib.heads import CholeskyHead
-from amortlib.posterior import AmortizedPosterior, regression_posterior
-from amortlib.problems import InverseProblem, lorenz63, ornstein_uhlenbeck
+from amortlib.posterior import (
+    AmortizedPosterior,
+    flow_posterior,
+    regression_posterior,
+    score_posterior,
+)
+from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost, ornstein_uhlenbeck
 from amortlib.refine import refined_posterior
 from amortlib.solvers import FourDVarNet, FourDVarNetwork, fourdvar_network
 
@@ -24,6 +29,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 OU_FILE = WEIGHTS / "ou_information.safetensors"
 FOURDVARNET_FILE = WEIGHTS / "lorenz63_fourdvarnet.safetensors"
 FLOW_FILE = WEIGHTS / "lorenz63_flow.safetensors"
+BIMODAL_FILES = {name: WEIGHTS / f"bimodal_{name}.safetensors" for name in ("flow", "score")}
 OU_NOISE = (0.1, 1.0)
 """Standard deviations of the observation error that the head was trained for."""
 
@@ -90,3 +96,35 @@ def load_lorenz63_flow() -> tuple[AmortizedPosterior, InverseProblem, dict[str, 
     """
     model = build_and_load(FLOW_FILE, build_lorenz63_flow)
     return model, lorenz63(), read_settings(FLOW_FILE)["record"]
+
+
+def build_bimodal_score(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
+    """The untrained score posterior that the file's settings describe."""
+    prior = lorenz63_sign_lost().prior
+    return score_posterior(key=jax.random.key(0), prior=prior, obs_shape=(5, 2), **sizes)
+
+
+def build_bimodal_flow(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
+    """The untrained flow posterior that the file's settings describe."""
+    key, shape = jax.random.key(0), (5, 2)
+    flat = FlatEncoder(
+        shape,
+        key=key,
+        features=sizes["features"],
+        width=sizes["encoder_width"],
+        depth=sizes["encoder_depth"],
+    )
+    encoder = ScaledEncoder(flat, 0.0, 1.0)
+    prior = lorenz63_sign_lost().prior
+    return flow_posterior(key=key, prior=prior, obs_shape=shape, encoder=encoder, **sizes)
+
+
+def load_bimodal(name: str) -> tuple[AmortizedPosterior, dict[str, Any]]:
+    """The trained `"flow"` or `"score"` for the window whose sign is lost, and its record.
+
+    Raises:
+        amortlib.CheckpointError: where the file is missing or damaged, with what to do.
+    """
+    build = {"flow": build_bimodal_flow, "score": build_bimodal_score}[name]
+    file = BIMODAL_FILES[name]
+    return build_and_load(file, build), read_settings(file)["record"]
