@@ -36,11 +36,9 @@ from flowjax.flows import coupling_flow
 from flowjax.train import fit_to_data
 from jax.scipy.special import ndtr, ndtri
 
-from amortlib.encoders import FlatEncoder
 from amortlib.gaussian import Gaussian
-from amortlib.heads import CholeskyHead, FlowHead
 from amortlib.objectives import nll
-from amortlib.posterior import AmortizedPosterior
+from amortlib.posterior import AmortizedPosterior, flow_posterior
 from amortlib.training import fit, trainable
 from amortlib.types import Array, Event, Key
 from benchmarks.peer_methods import METHODS, sbi_is_here
@@ -182,24 +180,20 @@ def from_line(task: Task, u: Array, normal_scores: bool) -> Array:
 
 def build(dim: int, obs_shape: tuple[int, ...], recipe: Recipe, *, key: Key) -> AmortizedPosterior:
     """The untrained posterior."""
-    k_encoder, k_head, k_base = jax.random.split(key, 3)
-    encoder = FlatEncoder(
-        obs_shape, key=k_encoder, features=recipe.encoder // 2, width=recipe.encoder
-    )
-    features = int(encoder.mlp.out_size)
-    base = [CholeskyHead(features, dim, key=k) for k in jax.random.split(k_base, recipe.pieces)]
-    head = FlowHead(
-        features,
-        base or Gaussian(jnp.zeros(dim), jnp.eye(dim)),
-        dim=dim,
-        key=k_head,
+    return flow_posterior(
+        "gaussian" if recipe.pieces else "prior",
+        key=key,
+        prior=Gaussian(jnp.zeros(dim), jnp.eye(dim)),
+        obs_shape=obs_shape,
+        components=max(1, recipe.pieces),
+        features=recipe.encoder // 2,
+        encoder_width=recipe.encoder,
         kind=recipe.kind,
         layers=recipe.layers,
         width=recipe.width,
         knots=recipe.knots,
         condition=recipe.condition,
     )
-    return AmortizedPosterior(encoder, head)
 
 
 def amortlib_flow(

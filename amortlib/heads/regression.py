@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike, Float, Int
 
 from amortlib.encoders import SiteContext
-from amortlib.gaussian import Gaussian, GaussMarkov
+from amortlib.gaussian import GaussMarkov
 from amortlib.heads.base import AbstractHead
 from amortlib.types import Array, Fixed, Key
 
@@ -89,11 +89,13 @@ class DiagonalHead(_Standardised):
         self.scale = Fixed(jnp.broadcast_to(jnp.asarray(scale, float), (dim,)))
         self.linear = _small(eqx.nn.Linear(features, 2 * dim, key=key), 0.1)
 
-    def __call__(self, context: Float[Array, " features"]) -> Gaussian:
-        """The Gaussian for one context."""
+    def __call__(self, context: Float[Array, " features"]) -> GaussMarkov:
+        """The Gaussian for one context: sites of one component, none of which touch."""
         centre, scale = self._units()
         loc, log_sd = jnp.split(self.linear(context), 2)
-        return Gaussian(centre + scale * loc, jnp.diag(scale * jnp.exp(log_sd)))
+        factor = jnp.exp(-log_sd) / scale
+        apart = jnp.zeros((factor.size - 1, 1, 1), factor.dtype)
+        return GaussMarkov(centre + scale * loc, factor[:, None, None], apart)
 
 
 class CholeskyHead(_Standardised):
