@@ -1,7 +1,7 @@
 """Heads that pages load instead of training: how each is built, made, and read back.
 
-Weights are made by `python -m benchmarks.make_weights`, `fourdvarnet`, `flow_lorenz63` and `bimodal` of the same
-folder, which record what they reach.
+Weights are made by `python -m benchmarks.NAME` (`make_weights`, `fourdvarnet`, `flow_lorenz63`,
+`bimodal`), which records what they reach.
 """
 
 from __future__ import annotations
