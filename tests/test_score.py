@@ -300,7 +300,7 @@ def test_moments_come_from_fixed_points_without_a_key() -> None:
 @pytest.mark.slow
 def test_the_mode_is_the_highest_point_and_moves_with_the_density() -> None:
     """Against scipy's minimiser; and where the mixture is moved, the mode moves with it."""
-    found = scipy.optimize.minimize(lambda u: -log_density(u[None])[0], MEAN[1], tol=1e-10)
+    found = scipy.optimize.minimize(lambda u: -log_density(u), MEAN[1], tol=1e-10)
 
     @eqx.filter_jit
     def study(density):
