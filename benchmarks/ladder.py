@@ -69,6 +69,8 @@ def oracle_rows(events: int) -> list[dict[str, float]]:
                 "seconds": seconds,
             }
         )
+        took = time.perf_counter() - start
+        print(f"oracle, {100 * fraction:.0f}% missing: {took:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
