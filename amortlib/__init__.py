@@ -3,7 +3,7 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``objectives``, ``training``, ``calibration``.
+``refine``, ``objectives``, ``training``, ``calibration``, ``catalogue``, ``alert``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -11,7 +11,9 @@ Notation, used in code and docstrings alike: state ``x``, observations ``y``, ma
 """
 
 from amortlib import (
+    alert,
     calibration,
+    catalogue,
     dynamics,
     encoders,
     energy,
@@ -54,8 +56,10 @@ __all__ = [
     "GibbsPosterior",
     "InvalidEventError",
     "InverseProblem",
+    "alert",
     "as_event",
     "calibration",
+    "catalogue",
     "dynamics",
     "encoders",
     "energy",

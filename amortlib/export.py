@@ -25,7 +25,15 @@ from safetensors.numpy import save as _write_tensors
 
 from amortlib.types import PyTree
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "build_and_load", "load", "read_settings", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "build_and_load",
+    "load",
+    "read_arrays",
+    "read_settings",
+    "save",
+]
 
 FORMAT_VERSION = 1
 _MAGIC = "amortlib"
@@ -160,6 +168,19 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: where the file is missing, damaged, or of another version.
     """
     return _read(path)[1]
+
+
+def read_arrays(
+    path: str | os.PathLike,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays in a file by their names, as paths into the tree, and its settings.
+
+    For a file whose tree need not be built again; the arrays cannot be written to.
+
+    Raises:
+        CheckpointError: where the file is missing, damaged, or of another version.
+    """
+    return _read(path)
 
 
 def load(path: str | os.PathLike, like: _Tree) -> _Tree:

@@ -29,6 +29,9 @@ ORDER = [
     "training",
     "calibration",
     "guard",
+    "bundle",
+    "catalogue",
+    "alert",
 ]
 """A module may import only modules that stand before it (or belong to its own folder)."""
 
