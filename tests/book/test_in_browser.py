@@ -45,6 +45,11 @@ TOO_WIDE = """() => {
 }"""
 
 
+CUT_OFF = """[...document.querySelectorAll('div.math mjx-container')].filter(
+  (box) => box.querySelector('mjx-math').getBoundingClientRect().width > box.clientWidth + 1
+).map((box) => box.closest('div.math').id)"""
+
+
 class Watch:
     """What a page asks for and complains of."""
 
@@ -133,6 +138,7 @@ def test_mathematics_is_set(browser: Any, base: str, docname: str) -> None:
     assert errors == 0
     assert containers >= formulas
     assert not formulas or page.evaluate(font), "the fonts of the formulas were not loaded"
+    assert page.evaluate(CUT_OFF) == [], "formulas wider than the text, on a desktop"
     context.close()
 
 
