@@ -194,3 +194,12 @@ def test_chapters_open_as_notebooks() -> None:
             text_format = page.front_matter["jupytext"]["text_representation"]
             assert text_format["format_name"] == "myst", page.docname
             assert page.front_matter["kernelspec"]["name"] == "python3", page.docname
+
+
+def test_no_test_is_left_out() -> None:
+    """What cannot be run fails, and says what it misses: a test that is skipped shows nothing."""
+    words = re.compile(r"pytest\.(skip|xfail|importorskip)\b|mark\.(skip|skipif|xfail)\b")
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__).resolve()]
+    assert tests
+    left = [str(path.relative_to(ROOT)) for path in tests if words.search(path.read_text("utf-8"))]
+    assert left == []
