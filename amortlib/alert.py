@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from amortlib.catalogue import Answer, Fallback, Status, unusable
+from amortlib.catalogue import Answer, Fallback, Status, finite_rows, unusable
 from amortlib.types import Array, Event, InvalidEventError, Key
 
 __all__ = ["Alert", "Reply"]
@@ -130,9 +130,9 @@ class Alert:
         return Reply(answer, status, took, took <= self.budget)
 
 
+def _finite(found: dict[str, np.ndarray]) -> bool:
+    return bool(finite_rows({name: np.asarray(array)[None] for name, array in found.items()})[0])
+
+
 def _to_numpy(found: dict[str, Array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in found.items()}
-
-
-def _finite(found: dict[str, np.ndarray]) -> bool:
-    return all(np.isfinite(a).all() for a in found.values() if np.issubdtype(a.dtype, np.floating))

@@ -11,7 +11,7 @@ import enum
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,10 @@ def reprocess(
         "random": str(jax.random.key_impl(key)),
         "fallback": fallback is not None,
     }
-    starts = [start for start in range(0, n, size) if not _done(path, run, start, min(size, n))]
+    left = np.ones(n, bool)
+    for rows, _ in _parts(path, run):
+        left[rows] = False
+    starts = [start for start in range(0, n, size) if left[start : start + size].any()]
     _meet("listed")  # before anybody writes: all must agree on what is left
     todo = tqdm(starts, disable=not progress, unit="chunk", leave=False, desc="catalogue")
     for start in todo:
@@ -177,9 +180,7 @@ def reprocess(
         mine, found = mine[keep] + start, {k: v[keep] for k, v in found.items()}
         found = _settle(found, mine, bad, data, key, fallback)
         part = path / f"{start:010d}.{jax.process_index():04d}.safetensors"
-        stop = min(start + size, n)
-        header = run | {"start": start, "stop": stop, "processes": jax.process_count()}
-        save(part, {"row": mine, **found}, settings=header)
+        save(part, {"row": mine, **found}, settings=run)
     _meet("written")
     return _gather(path, run, n)
 
@@ -252,14 +253,11 @@ def _program(answer: Answer, mesh: Mesh, block: int) -> Callable[..., dict[str, 
 
 def _local(out: dict[str, Array]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rows of a chunk that this process holds, and what stands in them."""
-    any_array = out["status"]
-    at = {shard.index[0].start or 0: shard for shard in any_array.addressable_shards}
-    order = sorted(at)
-    rows = np.concatenate([start + np.arange(at[start].data.shape[0]) for start in order])
-    found = {}
+    rows, found = np.zeros(0, int), {}
     for name, array in out.items():
         parts = {s.index[0].start or 0: np.asarray(s.data) for s in array.addressable_shards}
-        found[name] = np.concatenate([parts[start] for start in order])
+        found[name] = np.concatenate([parts[start] for start in sorted(parts)])
+        rows = np.concatenate([start + np.arange(len(parts[start])) for start in sorted(parts)])
     return rows, found
 
 
@@ -275,7 +273,7 @@ def _settle(
     found = {name: np.array(array) for name, array in found.items()}
     status = found["status"] = found["status"].astype(np.int8)
     status[bad[rows]] = Status.REFUSED
-    unsure = (status == Status.DISTRUSTED) | (~_finite(found) & ~bad[rows])
+    unsure = (status == Status.DISTRUSTED) | (~finite_rows(found) & ~bad[rows])
     ask = np.flatnonzero(unsure)
     if fallback is not None and ask.size:
         some = jax.tree.map(lambda a: a[rows[ask]], data)
@@ -292,7 +290,7 @@ def _settle(
                 )
             found[name][ask] = np.asarray(better[name])
         status[ask] = np.asarray(better.get("status", Status.SOLVED))
-    lost = ~_finite(found) & (status != Status.REFUSED)
+    lost = ~finite_rows(found) & (status != Status.REFUSED)
     status[lost] = Status.FAILED
     empty = np.isin(status, (Status.REFUSED, Status.FAILED))
     for name in found:
@@ -301,7 +299,8 @@ def _settle(
     return found
 
 
-def _finite(found: dict[str, np.ndarray]) -> np.ndarray:
+def finite_rows(found: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows of a batch of answers hold nothing but finite numbers."""
     good = np.ones(len(found["status"]), bool)
     for array in found.values():
         if np.issubdtype(array.dtype, np.floating):
@@ -321,52 +320,37 @@ def _digest(events: Event) -> str:
     return digest.hexdigest()
 
 
-def _parts(path: Path) -> list[Path]:
-    return sorted(path.glob("[0-9]*.safetensors"))
-
-
-def _done(path: Path, run: dict[str, Any], start: int, size: int) -> bool:
-    """Whether the rows of a chunk are all there; a file of another run is an error."""
-    rows: list[np.ndarray] = []
-    for part in path.glob(f"{start:010d}.*.safetensors"):
+def _parts(path: Path, run: dict[str, Any]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Rows and answers of every file; one of another run is an error, a damaged one is no file."""
+    for part in sorted(path.glob("[0-9]*.safetensors")):
         try:
-            arrays, settings = read_arrays(part)
+            arrays, found = read_arrays(part)
         except CheckpointError as err:
             warnings.warn(f"{err}; its events are answered again", stacklevel=3)
-            return False
-        _same(part, settings, run)
-        rows.append(arrays["['row']"])
-    there = np.unique(np.concatenate(rows)) if rows else np.zeros(0, int)
-    wanted = np.arange(start, min(start + size, run["number"]))
-    return np.array_equal(there, wanted)
-
-
-def _same(part: Path, found: dict[str, Any], run: dict[str, Any]) -> None:
-    differ = [name for name in run if found.get(name) != run[name]]
-    if differ:
-        raise CheckpointError(
-            f"{part}: expected a part of this run, got one with another {', '.join(differ)}; "
-            "give another directory, or empty this one"
-        )
+            continue
+        differ = [name for name in run if found.get(name) != run[name]]
+        if differ:
+            raise CheckpointError(
+                f"{part}: expected a part of this run, got one with another {', '.join(differ)}; "
+                "give another directory, or empty this one"
+            )
+        plain = {name.removeprefix("['").removesuffix("']"): a for name, a in arrays.items()}
+        yield plain.pop("row"), plain
 
 
 def _gather(path: Path, run: dict[str, Any], n: int) -> Catalogue:
     answers: dict[str, np.ndarray] = {}
     filled = np.zeros(n, bool)
-    for part in _parts(path):
-        arrays, settings = read_arrays(part)
-        _same(part, settings, run)
-        rows = arrays.pop("['row']")
+    for rows, arrays in _parts(path, run):
         filled[rows] = True
         for name, array in arrays.items():
-            plain = name.removeprefix("['").removesuffix("']")
-            whole = answers.setdefault(plain, np.zeros((n, *array.shape[1:]), array.dtype))
-            whole[rows] = array
+            answers.setdefault(name, np.zeros((n, *array.shape[1:]), array.dtype))[rows] = array
     if not filled.all():
         raise CheckpointError(
             f"{path}: expected the answers to {n} events, found {int(filled.sum())}; run it again"
         )
-    return Catalogue(answers, answers.pop("status"))
+    status = answers.pop("status")
+    return Catalogue(answers, status)
 
 
 def _meet(place: str) -> None:
