@@ -142,6 +142,20 @@ def test_mathematics_is_set(browser: Any, base: str, docname: str) -> None:
     context.close()
 
 
+def test_a_table_that_a_cell_returns_is_a_table_and_in_sight(browser: Any, site: str) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto(f"{site}/book/calibration.html", wait_until="load")
+    page.evaluate(SETTLED)
+    widths = page.evaluate(
+        "[...document.querySelectorAll('.cell_output .pst-scrollable-table-container')]"
+        ".map((box) => [box.scrollWidth, box.clientWidth])"
+    )
+    assert widths, "calibration returns a table"
+    assert all(inner <= outer + 1 for inner, outer in widths), widths
+    context.close()
+
+
 def test_a_figure_is_not_dimmed_in_dark_mode(browser: Any, site: str) -> None:
     context = browser.new_context(color_scheme="dark")
     page = context.new_page()
