@@ -34,11 +34,12 @@ def _sbi(
     high: np.ndarray,
     *,
     seed: int,
-    estimator: str,
+    method: str,
     max_epochs: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
+    import sbi.inference
     import torch
-    from sbi.inference import NPE
     from sbi.utils import BoxUniform
 
     torch.manual_seed(seed)
@@ -47,7 +48,7 @@ def _sbi(
     prior = BoxUniform(
         torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32)
     )
-    inference = NPE(prior=prior, density_estimator=estimator, show_progress_bars=False)
+    inference = getattr(sbi.inference, method)(prior=prior, show_progress_bars=False, **settings)
     inference.append_simulations(
         torch.as_tensor(np.asarray(theta, np.float32)), torch.as_tensor(np.asarray(y, np.float32))
     )
@@ -69,8 +70,9 @@ def _sbi(
 
 
 METHODS: dict[str, Callable[..., dict[str, Any]]] = {
-    "sbi NPE maf": partial(_sbi, estimator="maf"),
-    "sbi NPE nsf": partial(_sbi, estimator="nsf"),
+    "sbi NPE maf": partial(_sbi, method="NPE", density_estimator="maf"),
+    "sbi NPE nsf": partial(_sbi, method="NPE", density_estimator="nsf"),
+    "sbi NPSE": partial(_sbi, method="NPSE"),
 }
 
 
