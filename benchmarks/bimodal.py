@@ -51,7 +51,7 @@ TIMES, SHAPE, NOISE = 5, (5, 2), 0.5
 BANK, BATCH = 1 << 20, 512
 STEPS = {"regression": 20000, "flow": 40000, "score": 60000}
 RATE = {"regression": 2e-3, "flow": 2e-3, "score": 3e-3}
-EMA = 0.999
+EMA = 0.9995
 ENCODER = {"features": 96, "encoder_width": 128, "encoder_depth": 2}
 SIZES: dict[str, dict[str, Any]] = {
     "flow": {"components": 2, "layers": 3, "condition": 32, "width": 48, **ENCODER},
