@@ -1,9 +1,11 @@
 """The guard: event by event, is the head's answer to be trusted, refined, or left to the solver?
 
 It looks at what can be known without the truth and without the solver, from the head itself and
-from J. On simulated events every sign has a distribution; an event that stands in its tail, in any
-sign, is an alarm. The level is set so that a stated share of events as they were simulated raise
-one, all signs together.
+from J. Two signs have a meaning of their own: a head whose mode is more than one standard deviation
+from where a few steps on J end is wrong by the gates' own measure, and where those steps have not
+ended, nobody knows. Every other sign has a distribution on simulated events for which the head is
+right, and an event that stands in its tail is an alarm. The level is set so that a stated share of
+such events raise one, all signs together: the rate of *false* alarms.
 
 What it cannot see: a J that is wrong in a way that data fit. Where the forward model errs, the
 solver that minimises the same J errs with the head, and both are at peace with the data.
@@ -20,8 +22,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
+from amortlib.calibration.agreement import AGREEMENT, mode_distance
 from amortlib.calibration.importance import importance_figures
 from amortlib.energy import Energy
+from amortlib.laplace import laplace, residual_jacobian
 from amortlib.posterior import AmortizedPosterior
 from amortlib.refine import refine
 from amortlib.types import Array, Event, Fixed, Key
@@ -31,8 +35,11 @@ __all__ = ["Guard", "GuardError", "Judgement", "Signs", "Trust", "calibrate"]
 DRAWS = 100
 """Draws of q for its importance weights: 20 of them are the tail that k-hat is fitted to."""
 
-STEPS = 2
+STEPS = 4
 """Damped Gauss-Newton steps from the head's mode: to the minimum, if the head is near it."""
+
+LEFT = 0.3
+"""Newton's step from where those ended, in sd: what is longer than this has not arrived."""
 
 
 class GuardError(ValueError):
@@ -51,9 +58,10 @@ class Signs(eqx.Module):
     """What the head and J say of one event; a large value is a bad sign in each.
 
     Attributes:
-        moved: how far J's minimum is from the head's mode after a few steps, in sd of J's own
-            curvature there, |L^T (v' - v)| / sqrt(d): a head that is not at the minimum.
-        fall: by how much those steps lowered J, in nats.
+        distance: from the head's mode to where a few steps on J end, by the measure of the gate
+            of posterior agreement, `max_i |x - x'|_i / sd_i`, with the curvature of J there.
+        left: Newton's step from there, in sd of the same curvature.
+        fall: by how much the steps lowered J, in nats.
         weights: minus the effective share of draws of q as draws of exp(-J); 0 where q's
             log-density is not exact.
         khat: Pareto k-hat of the same weights; 0 likewise.
@@ -64,7 +72,8 @@ class Signs(eqx.Module):
             that the guard was set with.
     """
 
-    moved: Float[Array, ""]
+    distance: Float[Array, ""]
+    left: Float[Array, ""]
     fall: Float[Array, ""]
     weights: Float[Array, ""]
     khat: Float[Array, ""]
@@ -73,9 +82,12 @@ class Signs(eqx.Module):
     context: Float[Array, ""]
 
 
-_REPAIRED = ("moved", "fall", "weights", "khat")
+_MENDS = ("fall", "weights", "khat")
 """Signs of a head that is not where J has its minimum, or not of its shape: refinement mends them,
 as long as data and J agree."""
+
+_STAYS = ("high", "low", "context")
+"""Signs that data and J do not agree, or of an event of another kind."""
 
 
 class Judgement(eqx.Module):
@@ -83,7 +95,8 @@ class Judgement(eqx.Module):
 
     Attributes:
         trust: a [`Trust`][], as a whole number.
-        tail: smallest share, over signs, of the simulated events that look as bad or worse.
+        tail: smallest share, over signs but the first two, of the simulated events on which the
+            head is right that look as bad or worse.
         signs: what was seen.
         refined: the state after the guard's own steps on J, shape `(d,)`.
     """
@@ -112,9 +125,10 @@ class Guard(eqx.Module):
     Attributes:
         posterior: the head.
         energy: J.
-        rate: share of events as simulated on which it raises an alarm.
+        rate: share of false alarms: among events as simulated on which the head is right.
         level: an event whose `tail` is below this is an alarm.
-        seen: values of each sign on the simulated events, sorted, arrays of shape `(n,)`.
+        wrong: share of the simulated events on which the head is not right.
+        seen: values of each sign on the others, sorted, arrays of shape `(n,)`.
         centre: mean of the context's features on them.
         scale: their standard deviations.
     """
@@ -123,6 +137,7 @@ class Guard(eqx.Module):
     energy: Fixed
     rate: float = eqx.field(static=True)
     level: float
+    wrong: float
     seen: Signs
     centre: Float[Array, " c"]
     scale: Float[Array, " c"]
@@ -137,12 +152,14 @@ class Guard(eqx.Module):
         A sign that is not a number is the worst there is.
         """
         signs, refined = self.signs(event, key=key)
-        tails = jax.tree.map(_tail, self.seen, signs)
-        named = {name: getattr(tails, name) for name in Signs.__dataclass_fields__}
-        mends = jnp.stack([named[name] for name in _REPAIRED]).min()
-        stays = jnp.stack([tail for name, tail in named.items() if name not in _REPAIRED]).min()
-        alarm = jnp.where(mends < self.level, int(Trust.REFINE), int(Trust.TRUST))
-        trust = jnp.where(stays < self.level, int(Trust.SOLVE), alarm)
+        tails = {n: _tail(getattr(self.seen, n), getattr(signs, n)) for n in (*_MENDS, *_STAYS)}
+        mends = jnp.stack([tails[name] for name in _MENDS]).min()
+        stays = jnp.stack([tails[name] for name in _STAYS]).min()
+        # A comparison with NaN is false: asked this way round, it raises the alarm.
+        refine_it = ~(signs.distance <= AGREEMENT) | (mends < self.level)
+        solve_it = ~(signs.left <= LEFT) | (stays < self.level)
+        trust = jnp.where(refine_it, int(Trust.REFINE), int(Trust.TRUST))
+        trust = jnp.where(solve_it, int(Trust.SOLVE), trust)
         return Judgement(trust, jnp.minimum(mends, stays), signs, refined)
 
 
@@ -168,8 +185,10 @@ def _signs(
         return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
 
     end = refine(energy, v, event, steps=STEPS, derivative="unrolled")
-    jacobian = jax.jacfwd(lambda v: energy.residual(v, event))(end)
-    moved = jnp.linalg.norm(jacobian @ (end - v)) / math.sqrt(v.size)
+    there = prior.colour(end)
+    around = laplace(energy, there, event, full=False)
+    jacobian = residual_jacobian(energy, end, event)
+    newton = jnp.linalg.solve(jacobian.T @ jacobian, jacobian.T @ energy.residual(end, event))
     least = cost(end)
     if type(q).exact_log_prob:
         x = q.sample(DRAWS, key=key)
@@ -180,7 +199,8 @@ def _signs(
     score = _normal_score(2.0 * least, jnp.sum(event.mask))
     features = (_flat_context(posterior, event) - centre) / scale
     signs = Signs(
-        moved=moved,
+        distance=mode_distance(q.mode(), there, around.covariance()),
+        left=jnp.linalg.norm(jacobian @ newton),
         fall=cost(v) - least,
         weights=weights,
         khat=khat,
@@ -188,7 +208,7 @@ def _signs(
         low=-score,
         context=jnp.sqrt(jnp.mean(features**2)),
     )
-    return signs, prior.colour(end)
+    return signs, there
 
 
 def calibrate(
@@ -202,7 +222,8 @@ def calibrate(
 ) -> Guard:
     """Set a guard on simulated events.
 
-    Each sign of each event is given the share of events that look as bad or worse in it; the
+    The events on which the head is right are those whose first two signs are within their bounds.
+    Each other sign of each of them is given the share of them that look as bad or worse in it; the
     smallest of the shares is the event's `tail`. The level is the quantile of the tails at `rate`,
     so that all signs together raise an alarm on that share of events, whatever their dependence.
 
@@ -215,8 +236,8 @@ def calibrate(
         batch: events at once.
 
     Raises:
-        GuardError: on a rate that is not between 0 and 1, on events so few that no level can be set
-            (at least 5 alarms are needed), or on a sign that is not a number.
+        GuardError: on a rate that is not between 0 and 1, on events so few on which the head is
+            right that no level can be set (5 alarms are needed), or on a sign that is not a number.
     """
     n = events.y.shape[0]
     if not 0.0 < rate < 1.0:
@@ -267,9 +288,20 @@ def calibrate(
                 f"expected numbers, got NaN in the sign {name!r} at {int(bad.sum())} of {n} "
                 f"simulated events, the first of them event {int(np.argmax(bad))}"
             )
+    right = (found.distance <= AGREEMENT) & (found.left <= LEFT)
+    kept = int(right.sum())
+    if kept * rate < 5:
+        raise GuardError(
+            f"expected the head to be right on at least {math.ceil(5 / rate)} simulated events for "
+            f"a rate of {rate:g}, got {kept} of {n}"
+        )
+    found = jax.tree.map(lambda a: a[right], found)
     seen = jax.tree.map(lambda a: jnp.asarray(np.sort(a)), found)
-    tails = jax.tree.map(lambda s, a: np.asarray(jax.vmap(lambda v: _tail(s, v))(a)), seen, found)
-    # An event counts itself twice among its own kind: once seen, once new.
-    least = np.stack([np.asarray(t) for t in jax.tree.leaves(tails)]).min(0) - 1.0 / (n + 1.0)
-    level = float(np.quantile(least, rate))
-    return Guard(Fixed(posterior), Fixed(energy), rate, level, seen, centre, scale)
+    tails = [
+        np.asarray(jax.vmap(_tail, in_axes=(None, 0))(getattr(seen, name), getattr(found, name)))
+        for name in (*_MENDS, *_STAYS)
+    ]
+    # An event is among those that it is compared with, and `_tail` counts it once more.
+    least = np.min(tails, axis=0) - 1.0 / (kept + 1.0)
+    level, wrong = float(np.quantile(least, rate)), 1.0 - kept / n
+    return Guard(Fixed(posterior), Fixed(energy), rate, level, wrong, seen, centre, scale)

@@ -91,7 +91,7 @@ def test_a_head_that_has_drifted_is_refined_to_the_exact_mode(
     guard, problem = made
     _, events = fresh(problem, 200)
     good = guard.posterior.tree
-    moved = AmortizedPosterior(good.encoder, Shifted(good.head, jnp.asarray(1.0)))
+    moved = AmortizedPosterior(good.encoder, Shifted(good.head, jnp.asarray(2.0)))
     judged = _judge(
         eqx.tree_at(lambda g: g.posterior, guard, Fixed(moved)), events, jax.random.key(3)
     )
@@ -145,7 +145,7 @@ def test_it_does_not_compile_anew_for_another_mask_or_level(
     ("change", "words"),
     [
         ({"rate": 0.0}, "between 0 and 1"),
-        ({"rate": 0.001}, "at least 5000 events"),
+        ({"rate": 0.001}, "at least 5000"),
     ],
 )
 def test_what_cannot_be_set_says_so(
@@ -158,5 +158,5 @@ def test_what_cannot_be_set_says_so(
     broken = AmortizedPosterior(
         guard.posterior.tree.encoder, Shifted(guard.posterior.tree.head, jnp.asarray(jnp.nan))
     )
-    with pytest.raises(GuardError, match="NaN in the sign 'moved'"):
+    with pytest.raises(GuardError, match="NaN in the sign 'distance'"):
         calibrate(broken, guard.energy.tree, events, key=jax.random.key(0), rate=RATE)
