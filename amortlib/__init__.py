@@ -4,7 +4,7 @@ The package is read bottom up, in the order in which its modules may import each
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
 ``refine``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``, ``catalogue``,
-``alert``.
+``alert``, ``deploy``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -16,6 +16,7 @@ from amortlib import (
     bundle,
     calibration,
     catalogue,
+    deploy,
     dynamics,
     encoders,
     energy,
@@ -66,6 +67,7 @@ __all__ = [
     "bundle",
     "calibration",
     "catalogue",
+    "deploy",
     "dynamics",
     "encoders",
     "energy",

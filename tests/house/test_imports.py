@@ -32,6 +32,7 @@ ORDER = [
     "bundle",
     "catalogue",
     "alert",
+    "deploy",
 ]
 """A module may import only modules that stand before it (or belong to its own folder)."""
 
