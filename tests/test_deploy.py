@@ -19,6 +19,8 @@ from amortlib.problems import InverseProblem
 from amortlib.solvers import IncrementalFourDVar
 from amortlib.types import Event
 
+pytestmark = pytest.mark.slow
+
 GOOD, NOISY = 60, 20
 
 
