@@ -3,7 +3,8 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``objectives``, ``training``, ``calibration``, ``catalogue``, ``alert``.
+``refine``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``, ``catalogue``,
+``alert``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -12,6 +13,7 @@ Notation, used in code and docstrings alike: state ``x``, observations ``y``, ma
 
 from amortlib import (
     alert,
+    bundle,
     calibration,
     catalogue,
     dynamics,
@@ -19,6 +21,7 @@ from amortlib import (
     energy,
     export,
     gaussian,
+    guard,
     heads,
     laplace,
     modes,
@@ -32,6 +35,7 @@ from amortlib import (
     training,
     types,
 )
+from amortlib.bundle import PromotionError, load_bundle, promote
 from amortlib.calibration import GateError, GateReport, run_gates
 from amortlib.energy import Energy, GibbsPosterior
 from amortlib.export import CheckpointError, load, save
@@ -56,8 +60,10 @@ __all__ = [
     "GibbsPosterior",
     "InvalidEventError",
     "InverseProblem",
+    "PromotionError",
     "alert",
     "as_event",
+    "bundle",
     "calibration",
     "catalogue",
     "dynamics",
@@ -67,15 +73,18 @@ __all__ = [
     "fit",
     "from_pairs",
     "gaussian",
+    "guard",
     "heads",
     "laplace",
     "load",
+    "load_bundle",
     "modes",
     "objectives",
     "observation",
     "pairs",
     "posterior",
     "problems",
+    "promote",
     "refine",
     "run_gates",
     "save",

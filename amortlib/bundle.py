@@ -1,0 +1,183 @@
+"""Promotion: weights, the report of the gates they passed, and the problem it was for, in one file.
+
+Only a head whose gates all held becomes a bundle, and only a whole bundle, for the problem at hand,
+becomes a head again. Nothing here is a signature in the sense of cryptography: it guards against
+mistakes, and not against somebody who means to deceive.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Callable
+from typing import Any
+
+from amortlib import export
+from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
+from amortlib.calibration.report import EVENTS, GateError, GateReport
+from amortlib.energy import Energy
+from amortlib.export import CheckpointError
+from amortlib.gaussian import Gaussian, GaussMarkov
+from amortlib.posterior import AmortizedPosterior
+from amortlib.problems import InverseProblem
+
+__all__ = ["Bundle", "PromotionError", "load_bundle", "promote"]
+
+_KIND = "amortlib bundle"
+
+
+class PromotionError(ValueError):
+    """A head that may not be deployed: the message says why, and what would have to hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What was promoted.
+
+    Attributes:
+        posterior: the head, with the weights that passed.
+        report: of the gates.
+        settings: what `build` makes the untrained posterior of.
+        versions: of amortlib and jax when the head was promoted.
+    """
+
+    posterior: AmortizedPosterior
+    report: GateReport
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("amortlib", "jax")}
+
+
+def _problem(problem: InverseProblem, energy: Energy | None) -> str:
+    """The digest that `run_gates` writes into a report."""
+    if energy is None:
+        if not isinstance(problem.prior, Gaussian | GaussMarkov):
+            raise PromotionError(
+                "expected a problem with a Gaussian prior to make J of, got "
+                f"{type(problem.prior).__name__}; give the energy that the oracle minimised"
+            )
+        energy = Energy(problem.prior, problem.forward)
+    return problem_fingerprint(energy, problem.obs_noise)
+
+
+def promote(
+    path: str | os.PathLike,
+    posterior: AmortizedPosterior,
+    problem: InverseProblem,
+    report: GateReport,
+    *,
+    settings: dict[str, Any] | None = None,
+    energy: Energy | None = None,
+    events: int = EVENTS,
+) -> Bundle:
+    """Write a head and its report to one file, if the gates let it through.
+
+    Args:
+        path: where to; an existing file is replaced in one move, or not at all.
+        posterior: the head.
+        problem: what it answers for; its gaps and its way of drawing states do not count.
+        report: of `run_gates` on this head and this problem.
+        settings: what the posterior was built from, as JSON can hold it; `load_bundle` calls
+            `build(**settings)`.
+        energy: the J that the oracle minimised, where it is not the one made of `problem`.
+        events: the fewest that the gates must have seen.
+
+    Raises:
+        PromotionError: on a report that did not pass, that was made for other weights, for another
+            problem, by another release, or on too few events. Nothing is written.
+        amortlib.CheckpointError: on settings that JSON cannot hold.
+    """
+    failed = [gate for gate in report.gates if not gate.passed]
+    if failed:
+        words = "; ".join(f"{gate.name}: {gate.words}" for gate in failed)
+        raise PromotionError(f"expected a report whose gates all hold, got {words}")
+    if report.head != fingerprint(posterior):
+        raise PromotionError(
+            f"expected the report of these weights, {fingerprint(posterior)[:12]}, got one of "
+            f"{report.head[:12]}: run the gates on the head that is to be deployed"
+        )
+    here = _problem(problem, energy)
+    if report.problem != here:
+        raise PromotionError(
+            f"expected the report of this problem, {here[:12]}, got one of {report.problem[:12]}: "
+            "the prior, the forward model or the noise is another"
+        )
+    if report.events < events:
+        raise PromotionError(
+            f"expected gates on at least {events} events, got {report.events}: with fewer a faulty "
+            "head passes too often"
+        )
+    versions = _versions()
+    if report.versions.get("amortlib") != versions["amortlib"]:
+        raise PromotionError(
+            f"expected a report made with amortlib {versions['amortlib']}, got one of "
+            f"{report.versions.get('amortlib')}: run the gates again"
+        )
+    settings = {} if settings is None else settings
+    header = {
+        "kind": _KIND,
+        "settings": settings,
+        "report": report.to_json(),
+        "versions": versions,
+    }
+    export.save(path, posterior, settings=header)
+    return Bundle(posterior, report, settings, versions)
+
+
+def load_bundle(
+    path: str | os.PathLike,
+    build: Callable[..., AmortizedPosterior],
+    problem: InverseProblem,
+    *,
+    energy: Energy | None = None,
+) -> Bundle:
+    """Read a promoted head back, and check that it is the one that passed, for this problem.
+
+    Args:
+        path: the file.
+        build: `build(**settings)` is the untrained posterior.
+        problem: what it is to answer for.
+        energy: as for [`promote`][].
+
+    Raises:
+        amortlib.CheckpointError: on a file that is missing, damaged, of another version, or holds
+            weights that were never promoted; on a `build` that makes another posterior.
+        PromotionError: on a bundle of another problem or another release, or whose report does not
+            hold.
+    """
+    header = export.read_settings(path)
+    if header.get("kind") != _KIND:
+        raise CheckpointError(
+            f"{path}: expected a promoted bundle, got weights that no gate has let through; "
+            "run the gates and promote them"
+        )
+    try:
+        report = GateReport.from_json(header["report"])
+    except GateError as err:
+        raise PromotionError(f"{path}: {err}") from err
+    if not report.passed:
+        raise PromotionError(f"{path}: expected a report whose gates all hold, got one that fails")
+    versions = header["versions"]
+    installed = _versions()["amortlib"]
+    if versions.get("amortlib") != installed:
+        raise PromotionError(
+            f"{path}: promoted with amortlib {versions.get('amortlib')}, and this is {installed}: "
+            "run the gates again and promote anew"
+        )
+    here = _problem(problem, energy)
+    if report.problem != here:
+        raise PromotionError(
+            f"{path}: promoted for problem {report.problem[:12]}, and this is {here[:12]}: the "
+            "prior, the forward model or the noise is another"
+        )
+    settings = header["settings"]
+    posterior = export.load(path, build(**settings))
+    found = fingerprint(posterior)
+    if found != report.head:
+        raise CheckpointError(
+            f"{path}: expected build(**settings) to make the posterior that passed, "
+            f"{report.head[:12]}, got {found[:12]}: its parts differ although its arrays fit"
+        )
+    return Bundle(posterior, report, settings, versions)

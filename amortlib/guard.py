@@ -1,0 +1,307 @@
+"""The guard: event by event, is the head's answer to be trusted, refined, or left to the solver?
+
+It looks at what can be known without the truth and without the solver, from the head itself and
+from J. Two signs have a meaning of their own: a head whose mode is more than one standard deviation
+from where a few steps on J end is wrong by the gates' own measure, and where those steps have not
+ended, nobody knows. Every other sign has a distribution on simulated events for which the head is
+right, and an event that stands in its tail is an alarm. The level is set so that a stated share of
+such events raise one, all signs together: the rate of *false* alarms.
+
+What it cannot see: a J that is wrong in a way that data fit. Where the forward model errs, the
+solver that minimises the same J errs with the head, and both are at peace with the data.
+"""
+
+import enum
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Float
+
+from amortlib.calibration.agreement import AGREEMENT, mode_distance
+from amortlib.calibration.importance import importance_figures
+from amortlib.energy import Energy
+from amortlib.laplace import laplace, residual_jacobian
+from amortlib.posterior import AmortizedPosterior
+from amortlib.refine import refine
+from amortlib.types import Array, Event, Fixed, Key
+
+__all__ = ["Guard", "GuardError", "Judgement", "Signs", "Trust", "calibrate"]
+
+DRAWS = 100
+"""Draws of q for its importance weights: 20 of them are the tail that k-hat is fitted to."""
+
+STEPS = 4
+"""Damped Gauss-Newton steps from the head's mode: to the minimum, if the head is near it."""
+
+LEFT = 0.3
+"""Newton's step from where those ended, in sd: what is longer than this has not arrived."""
+
+
+class GuardError(ValueError):
+    """A guard that cannot be set: the message says what was expected and what came."""
+
+
+class Trust(enum.IntEnum):
+    """What to do with the head's answer."""
+
+    TRUST = 0
+    REFINE = 1
+    SOLVE = 2
+
+
+class Signs(eqx.Module):
+    """What the head and J say of one event; a large value is a bad sign in each.
+
+    Attributes:
+        distance: from the head's mode to where a few steps on J end, by the measure of the gate
+            of posterior agreement, `max_i |x - x'|_i / sd_i`, with the curvature of J there.
+        left: Newton's step from there, in sd of the same curvature.
+        fall: by how much the steps lowered J, in nats.
+        weights: minus the effective share of draws of q as draws of exp(-J); 0 where q's
+            log-density is not exact.
+        khat: Pareto k-hat of the same weights; 0 likewise.
+        high: the misfit left at the refined point, too large for the noise: 2 J as a normal score
+            of chi-square with as many degrees of freedom as there are observations.
+        low: the same, too small.
+        context: root mean square of the context's features, standardised by those of the events
+            that the guard was set with.
+    """
+
+    distance: Float[Array, ""]
+    left: Float[Array, ""]
+    fall: Float[Array, ""]
+    weights: Float[Array, ""]
+    khat: Float[Array, ""]
+    high: Float[Array, ""]
+    low: Float[Array, ""]
+    context: Float[Array, ""]
+
+
+_MENDS = ("fall", "weights", "khat")
+"""Signs of a head that is not where J has its minimum, or not of its shape: refinement mends them,
+as long as data and J agree."""
+
+_STAYS = ("high", "low", "context")
+"""Signs that data and J do not agree, or of an event of another kind."""
+
+
+class Judgement(eqx.Module):
+    """What the guard makes of one event.
+
+    Attributes:
+        trust: a [`Trust`][], as a whole number.
+        tail: smallest share, over signs but the first two, of the simulated events on which the
+            head is right that look as bad or worse.
+        signs: what was seen.
+        refined: the state after the guard's own steps on J, shape `(d,)`.
+    """
+
+    trust: Array
+    tail: Float[Array, ""]
+    signs: Signs
+    refined: Float[Array, " d"]
+
+
+def _normal_score(square: Array, count: Array) -> Array:
+    """Of a chi-square value: Wilson and Hilferty (1931), PNAS 17. Zero without observations."""
+    n = jnp.maximum(count, 1)
+    score = (jnp.cbrt(square / n) - (1.0 - 2.0 / (9.0 * n))) / jnp.sqrt(2.0 / (9.0 * n))
+    return jnp.where(count > 0, score, 0.0)
+
+
+def _flat_context(posterior: AmortizedPosterior, event: Event) -> Float[Array, " c"]:
+    context = eqx.filter(posterior.encoder(event), eqx.is_inexact_array)
+    return ravel_pytree(context)[0]
+
+
+class Guard(eqx.Module):
+    """Judges the head's answer to an event; made by [`calibrate`][].
+
+    Attributes:
+        posterior: the head.
+        energy: J.
+        rate: share of false alarms: among events as simulated on which the head is right.
+        level: an event whose `tail` is below this is an alarm.
+        wrong: share of the simulated events on which the head is not right.
+        seen: values of each sign on the others, sorted, arrays of shape `(n,)`.
+        centre: mean of the context's features on them.
+        scale: their standard deviations.
+    """
+
+    posterior: Fixed
+    energy: Fixed
+    rate: float = eqx.field(static=True)
+    level: float
+    wrong: float
+    seen: Signs
+    centre: Float[Array, " c"]
+    scale: Float[Array, " c"]
+
+    def signs(self, event: Event, *, key: Key) -> tuple[Signs, Float[Array, " d"]]:
+        """The signs of one event, and the refined state."""
+        return _signs(self.posterior.value, self.energy.value, event, self.centre, self.scale, key)
+
+    def __call__(self, event: Event, *, key: Key) -> Judgement:
+        """Judge one event; the key draws from q.
+
+        A sign that is not a number is the worst there is.
+        """
+        signs, refined = self.signs(event, key=key)
+        tails = {n: _tail(getattr(self.seen, n), getattr(signs, n)) for n in (*_MENDS, *_STAYS)}
+        mends = jnp.stack([tails[name] for name in _MENDS]).min()
+        stays = jnp.stack([tails[name] for name in _STAYS]).min()
+        # A comparison with NaN is false: asked this way round, it raises the alarm.
+        refine_it = ~(signs.distance <= AGREEMENT) | (mends < self.level)
+        solve_it = ~(signs.left <= LEFT) | (stays < self.level)
+        trust = jnp.where(refine_it, int(Trust.REFINE), int(Trust.TRUST))
+        trust = jnp.where(solve_it, int(Trust.SOLVE), trust)
+        return Judgement(trust, jnp.minimum(mends, stays), signs, refined)
+
+
+def _tail(seen: Float[Array, " n"], value: Float[Array, ""]) -> Float[Array, ""]:
+    """Share of `seen`, and the value itself, that is at least `value`."""
+    worse = seen.size - jnp.searchsorted(seen, value, side="left")
+    worse = jnp.where(jnp.isnan(value), 0, worse)
+    return (worse + 1.0) / (seen.size + 1.0)
+
+
+def _signs(
+    posterior: AmortizedPosterior,
+    energy: Energy,
+    event: Event,
+    centre: Array,
+    scale: Array,
+    key: Key,
+) -> tuple[Signs, Array]:
+    q, prior = posterior(event), energy.prior
+    v = prior.whiten(q.mode())
+
+    def cost(v: Array) -> Array:
+        return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+
+    end = refine(energy, v, event, steps=STEPS, derivative="unrolled")
+    there = prior.colour(end)
+    around = laplace(energy, there, event, full=False)
+    jacobian = residual_jacobian(energy, end, event)
+    newton = jnp.linalg.solve(jacobian.T @ jacobian, jacobian.T @ energy.residual(end, event))
+    least = cost(end)
+    if type(q).exact_log_prob:
+        x = q.sample(DRAWS, key=key)
+        figures = importance_figures(jax.vmap(lambda x: -energy(x, event) - q.log_prob(x))(x))
+        weights, khat = -figures.ess, figures.khat
+    else:
+        weights = khat = jnp.zeros((), v.dtype)
+    score = _normal_score(2.0 * least, jnp.sum(event.mask))
+    features = (_flat_context(posterior, event) - centre) / scale
+    signs = Signs(
+        distance=mode_distance(q.mode(), there, around.covariance()),
+        left=jnp.linalg.norm(jacobian @ newton),
+        fall=cost(v) - least,
+        weights=weights,
+        khat=khat,
+        high=score,
+        low=-score,
+        context=jnp.sqrt(jnp.mean(features**2)),
+    )
+    return signs, there
+
+
+def calibrate(
+    posterior: AmortizedPosterior,
+    energy: Energy,
+    events: Event,
+    *,
+    key: Key,
+    rate: float = 0.01,
+    batch: int = 100,
+) -> Guard:
+    """Set a guard on simulated events.
+
+    The events on which the head is right are those whose first two signs are within their bounds.
+    Each other sign of each of them is given the share of them that look as bad or worse in it; the
+    smallest of the shares is the event's `tail`. The level is the quantile of the tails at `rate`,
+    so that all signs together raise an alarm on that share of events, whatever their dependence.
+
+    Args:
+        posterior: the head.
+        energy: J, with a Gaussian prior.
+        events: as they were simulated for training, and not used in it; with a leading axis.
+        key: draws from q.
+        rate: share of false alarms.
+        batch: events at once.
+
+    Raises:
+        GuardError: on a rate that is not between 0 and 1, on events so few on which the head is
+            right that no level can be set (5 alarms are needed), or on a sign that is not a number.
+    """
+    n = events.y.shape[0]
+    if not 0.0 < rate < 1.0:
+        raise GuardError(f"expected a rate of false alarms between 0 and 1, got {rate}")
+    if n * rate < 5:
+        raise GuardError(
+            f"expected at least {math.ceil(5 / rate)} events for a rate of {rate:g}, got {n}"
+        )
+    if not isinstance(getattr(energy.prior, "loc", None), jax.Array | np.ndarray):
+        raise GuardError(f"expected J with a Gaussian prior, got {type(energy.prior).__name__}")
+
+    @eqx.filter_jit
+    def contexts(posterior: AmortizedPosterior, events: Event) -> Array:
+        one = jax.vmap(lambda event: _flat_context(posterior, event))
+        return one(events)
+
+    @eqx.filter_jit
+    def signs(
+        parts: tuple[Any, Any], events: Event, centre: Array, scale: Array, keys: Array
+    ) -> Signs:
+        def one(event: Event, key: Key) -> Signs:
+            return _signs(*parts, event, centre, scale, key)[0]
+
+        return jax.vmap(one)(events, keys)
+
+    def chunks(run: Any) -> Any:
+        size, out = min(batch, n), []
+        for start in range(0, n, size):
+            rows = np.minimum(np.arange(start, start + size), n - 1)
+            found = run(rows)
+            out.append(jax.tree.map(lambda a, k=n - start: np.asarray(a)[:k], found))
+        return jax.tree.map(lambda *a: np.concatenate(a), *out)
+
+    def take(rows: np.ndarray) -> Event:
+        return jax.tree.map(lambda a: a[rows], events)
+
+    features = chunks(lambda rows: contexts(posterior, take(rows)))
+    centre, scale = features.mean(0), features.std(0)
+    # A feature that never moved tells nothing apart by how far it moves.
+    scale = np.where(scale > 1e-6 * (1.0 + np.abs(centre)), scale, np.inf)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+    centre, scale = jnp.asarray(centre), jnp.asarray(scale)
+    found = chunks(lambda rows: signs((posterior, energy), take(rows), centre, scale, keys[rows]))
+    for name in Signs.__dataclass_fields__:
+        bad = np.isnan(getattr(found, name))
+        if bad.any():
+            raise GuardError(
+                f"expected numbers, got NaN in the sign {name!r} at {int(bad.sum())} of {n} "
+                f"simulated events, the first of them event {int(np.argmax(bad))}"
+            )
+    right = (found.distance <= AGREEMENT) & (found.left <= LEFT)
+    kept = int(right.sum())
+    if kept * rate < 5:
+        raise GuardError(
+            f"expected the head to be right on at least {math.ceil(5 / rate)} simulated events for "
+            f"a rate of {rate:g}, got {kept} of {n}"
+        )
+    found = jax.tree.map(lambda a: a[right], found)
+    seen = jax.tree.map(lambda a: jnp.asarray(np.sort(a)), found)
+    tails = [
+        np.asarray(jax.vmap(_tail, in_axes=(None, 0))(getattr(seen, name), getattr(found, name)))
+        for name in (*_MENDS, *_STAYS)
+    ]
+    # An event is among those that it is compared with, and `_tail` counts it once more.
+    least = np.min(tails, axis=0) - 1.0 / (kept + 1.0)
+    level, wrong = float(np.quantile(least, rate)), 1.0 - kept / n
+    return Guard(Fixed(posterior), Fixed(energy), rate, level, wrong, seen, centre, scale)
