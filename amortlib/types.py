@@ -1,5 +1,6 @@
 """Array aliases, the record of an event (values, mask, error bars, times), what training leaves."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -11,7 +12,17 @@ from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 Key: TypeAlias = PRNGKeyArray
 Array: TypeAlias = jax.Array
 
-__all__ = ["Array", "Event", "Fixed", "InvalidEventError", "Key", "PyTree", "as_event", "to_double"]
+__all__ = [
+    "Array",
+    "Event",
+    "Fixed",
+    "InvalidEventError",
+    "Key",
+    "PyTree",
+    "as_event",
+    "stack_events",
+    "to_double",
+]
 
 
 class InvalidEventError(ValueError):
@@ -170,7 +181,7 @@ def as_event(
         raise InvalidEventError(
             f"expected a mask of the shape of y, {values.shape}, got {seen.shape}"
         )
-    seen = seen & ~np.asarray(hidden)
+    seen = np.asarray(seen & ~np.asarray(hidden))
     _refuse_infinite("values", values, seen)
     if sd is None:
         spread = None
@@ -200,3 +211,49 @@ def as_event(
         _refuse_infinite("times", given, seen)
         when = jnp.asarray(np.where(seen, given, 0.0))
     return Event(jnp.asarray(np.where(seen, values, 0.0)), jnp.asarray(seen), spread, when)
+
+
+def stack_events(events: Sequence[Event], *, length: int | None = None) -> Event:
+    """A batch of events with numbers of observations of their own.
+
+    Shorter ones are padded with masked entries at the end of their first axis.
+
+        batch = stack_events([as_event(y, time=t) for y, t in records])
+        means = in_buckets(posterior.mean, batch)
+
+    Args:
+        events: with the same axes after the first; `sd` and `time` in all of them or in none.
+        length: of the first axis, at least that of the longest; by default the next power of two,
+            so that records of many lengths share few compiled programs.
+
+    Raises:
+        InvalidEventError: on no event, events that do not fit together, or too short a length.
+    """
+    if not events:
+        raise InvalidEventError("expected at least one event, got none")
+    if any(event.y.ndim == 0 for event in events):
+        raise InvalidEventError("expected events with an axis of observations, got a number")
+    kinds = {(e.y.shape[1:], e.sd is None, e.time is None) for e in events}
+    if len(kinds) != 1:
+        raise InvalidEventError(
+            "expected events with the same axes after the first, and sd and time in all or in "
+            f"none, got {sorted(kinds)} as (axes, no sd, no time)"
+        )
+    longest = max(event.y.shape[0] for event in events)
+    size = 1 << (longest - 1).bit_length() if length is None else length
+    if size < longest:
+        raise InvalidEventError(f"expected a length of at least {longest}, got {size}")
+
+    def stacked(leaves: list[Any], fill: Any) -> Array:
+        arrays = [np.asarray(leaf) for leaf in leaves]
+        out = np.full((len(arrays), size, *arrays[0].shape[1:]), fill, arrays[0].dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[: array.shape[0]] = array
+        return jnp.asarray(out)
+
+    return Event(
+        stacked([e.y for e in events], 0.0),
+        stacked([e.mask for e in events], False),
+        None if events[0].sd is None else stacked([e.sd for e in events], 1.0),
+        None if events[0].time is None else stacked([e.time for e in events], 0.0),
+    )
