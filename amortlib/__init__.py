@@ -3,8 +3,8 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``, ``catalogue``,
-``alert``, ``deploy``.
+``refine``, ``search``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``,
+``catalogue``, ``alert``, ``deploy``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -32,6 +32,7 @@ from amortlib import (
     posterior,
     problems,
     refine,
+    search,
     solvers,
     training,
     types,
@@ -90,6 +91,7 @@ __all__ = [
     "refine",
     "run_gates",
     "save",
+    "search",
     "simulate_pair",
     "solvers",
     "train_step",

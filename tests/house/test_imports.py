@@ -25,6 +25,7 @@ ORDER = [
     "heads",
     "posterior",
     "refine",
+    "search",
     "objectives",
     "training",
     "calibration",
