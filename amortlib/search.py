@@ -3,7 +3,8 @@
 A single guess leads to a single minimum, and a long gap makes others. A mixture density network
 knows of them: its components' means are the starts. Steps cost what J and its derivative cost, so
 the field narrows as it goes: after each step the starts that stand highest drop out, and the last
-few take Newton steps on the full Hessian, which Gauss-Newton steps only reach in the limit.
+few try Newton's step on the full Hessian beside the Gauss-Newton one: that converges slowly where
+the forward model is curved and the data do not fit well.
 
 It is 4DVar with learned starts and a fixed number of steps: one compiled program with its network.
 """
@@ -41,7 +42,7 @@ class Field(eqx.Module):
 
     Attributes:
         widths: starts that take step 1, 2, ..., k; never growing. Its length is k.
-        newton: how many of the last steps use the full Hessian.
+        newton: how many of the last steps are tried with the full Hessian too.
     """
 
     widths: tuple[int, ...] = eqx.field(static=True)
@@ -130,11 +131,17 @@ def _look(energy: Energy, v: Float[Array, " d"], event: Event, full: bool) -> _L
     return _Local(v, cost, slope, gauss, 0.5 * (curvature + curvature.T))
 
 
-def _trial(at: _Local, damping: Array) -> Float[Array, " d"]:
+def _trials(at: _Local, damping: Array, newton: bool) -> Float[Array, "t d"]:
+    """Where the step leads: the Gauss-Newton one, and beside it Newton's where that is asked for.
+
+    Newton's converges at the minimum and can go astray far from it, the other way round with
+    Gauss-Newton's. Where J curves downwards there is no Newton's step, and NaN is a trial refused.
+    """
     extra = damping * jnp.diag(jnp.diagonal(at.gauss))
-    newton, gauss = _solve(at.full + extra, at.slope), _solve(at.gauss + extra, at.slope)
-    # Where J curves downwards Newton's step leads uphill, and the Gauss-Newton one does not.
-    return at.v - jnp.where(jnp.all(jnp.isfinite(newton)), newton, gauss)
+    steps = [_solve(at.gauss + extra, at.slope)]
+    if newton:
+        steps.append(_solve(at.full + extra, at.slope))
+    return at.v - jnp.stack(steps)
 
 
 def search(
@@ -148,9 +155,9 @@ def search(
     """The lowest end of a narrowing field of damped searches on J, in control variables.
 
     Steps are those of Levenberg (1944) and Marquardt (1963), J. SIAM 11, on x = x_b + B^{1/2} v:
-    (A + l diag A_gn) s = -slope, with A the Gauss-Newton Hessian A_gn, and in the last steps the
-    full one where it is positive definite. A step that lowers J is taken and l falls tenfold,
-    else l rises tenfold and the point stays. So J at the end is never above J at any start.
+    (A + l diag A_gn) s = -slope, with A the Gauss-Newton Hessian A_gn; in the last steps also with
+    A the full one, and the lower of the two ends counts. A step that lowers J is taken and l falls
+    tenfold, else l rises tenfold and the point stays. J at the end is above J at no start.
 
     Args:
         energy: J.
@@ -196,9 +203,16 @@ def _search(energy: Energy, starts: Array, event: Event, field: Field) -> Array:
     def costs(v: Array) -> Array:
         return jax.vmap(lambda v: _cost(energy, v, event))(v)
 
-    def step(carry: tuple[_Local, Array], full: bool) -> tuple[_Local, Array]:
+    def lowest(tree: Any, cost: Array) -> Any:
+        """Of the trials of each start, on the second axis, the lowest."""
+        best = jnp.argmin(jnp.where(jnp.isfinite(cost), cost, jnp.inf), axis=1)
+        return jax.tree.map(lambda leaf: leaf[jnp.arange(best.size), best], tree)
+
+    def step(carry: tuple[_Local, Array], now: bool, then: bool) -> tuple[_Local, Array]:
         at, damping = carry
-        there = looks(jax.vmap(_trial)(at, damping), full)
+        trials = jax.vmap(lambda a, d: _trials(a, d, now))(at, damping)
+        there = jax.vmap(lambda v: looks(v, then))(trials)
+        there = lowest(there, there.cost)
         lower = there.cost <= at.cost
 
         def choose(a: Array, b: Array) -> Array:
@@ -214,20 +228,22 @@ def _search(energy: Energy, starts: Array, event: Event, field: Field) -> Array:
         # Step i is taken from the look before it, so Newton's curvature is made one step early.
         newton = [i >= field.steps - field.newton for i in range(field.steps)]
         carry = looks(v, newton[0]), jnp.full(v.shape[0], _FIRST_DAMPING, v.dtype)
-        kinds = list(zip(field.widths[:-1], newton[1:], strict=True))
-        for (width, full), alike in itertools.groupby(kinds):
+        kinds = zip(field.widths[:-1], newton[:-1], newton[1:], strict=True)
+        for (width, now, then), alike in itertools.groupby(kinds):
             carry = narrowed(carry, carry[0].cost, width)
             # Steps of one kind are one loop, which compiles once.
             carry, _ = jax.lax.scan(
-                lambda c, _, full=full: (step(c, full), None), carry, None, length=len(list(alike))
+                lambda c, _, now=now, then=then: (step(c, now, then), None),
+                carry,
+                None,
+                length=len(list(alike)),
             )
         at, damping = narrowed(carry, carry[0].cost, field.widths[-1])
         # Of the last step nothing but J is needed.
-        trial = jax.vmap(_trial)(at, damping)
-        there = costs(trial)
-        lower = there <= at.cost
-        ends = jnp.where(lower[:, None], trial, at.v)
-        (v,) = narrowed((ends,), jnp.where(lower, there, at.cost), 1)
+        trials = jax.vmap(lambda a, d: _trials(a, d, newton[-1]))(at, damping)
+        there = jax.vmap(costs)(trials)
+        v = jnp.concatenate([at.v, trials.reshape(-1, at.v.shape[1])])
+        (v,) = narrowed((v,), jnp.concatenate([at.cost, there.reshape(-1)]), 1)
     return v[0]
 
 
