@@ -382,7 +382,7 @@ class SetEncoder(AbstractEncoder):
             which = jnp.eye(self.channels, dtype=time.dtype)
             parts.append(jnp.tile(which, (event.y.shape[0], 1)))
         tokens = jax.vmap(self.token)(jnp.concatenate(parts, axis=1))
-        tokens = jnp.concatenate([self.nothing[None], tokens])
+        tokens = _unit(jnp.concatenate([self.nothing[None], tokens]))
         seen = jnp.concatenate([jnp.ones(1, bool), event.mask.reshape(-1)])
         # A masked token gets no weight: that it is finite is enough for it to have no say.
         mask = jnp.broadcast_to(seen, (self.latents.shape[0], seen.size))
