@@ -3,8 +3,8 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``, ``catalogue``,
-``alert``.
+``refine``, ``search``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``,
+``catalogue``, ``alert``, ``deploy``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -16,6 +16,7 @@ from amortlib import (
     bundle,
     calibration,
     catalogue,
+    deploy,
     dynamics,
     encoders,
     energy,
@@ -31,6 +32,7 @@ from amortlib import (
     posterior,
     problems,
     refine,
+    search,
     solvers,
     training,
     types,
@@ -66,6 +68,7 @@ __all__ = [
     "bundle",
     "calibration",
     "catalogue",
+    "deploy",
     "dynamics",
     "encoders",
     "energy",
@@ -88,6 +91,7 @@ __all__ = [
     "refine",
     "run_gates",
     "save",
+    "search",
     "simulate_pair",
     "solvers",
     "train_step",

@@ -133,7 +133,7 @@ def in_buckets(fn: Callable[..., PyTree], *batches: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], _mapped(fn, padded))
 
 
-def _pad(leaf: Array, size: int) -> Array:
+def _pad(leaf: Array | np.ndarray, size: int) -> Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = _pad(jax.random.key_data(leaf), size)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))

@@ -17,6 +17,8 @@ from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem
 from amortlib.types import Event, Fixed
 
+pytestmark = pytest.mark.slow
+
 N, RATE = 1000, 0.01
 FIVE_SD = 5 * np.sqrt(2 * RATE * (1 - RATE) / N)
 """Of a share of N events, judged by a level that N others set: a false alarm in a million."""

@@ -85,8 +85,13 @@ def pareto_khat(log_weight: Float[Array, " s"]) -> Float[Array, ""]:
     points = 30 + int(math.sqrt(tail))
     grid = jnp.arange(1, points + 1, dtype=x.dtype) - 0.5
     b = 1.0 / x[-1] + (1.0 - jnp.sqrt(points / grid)) / (3.0 * quartile)
+    # Rounded up to 1 / x[-1], b would have the logarithm of zero for the largest value.
+    b = jnp.minimum(b, (1.0 - 8.0 * jnp.finfo(x.dtype).eps) / x[-1])
     k = jnp.mean(jnp.log1p(-b[:, None] * x), axis=1)
-    likelihood = tail * (jnp.log(-b / k) - k - 1.0)
+    # Where b is zero the law is exponential, and -b / k is its limit, one over the mean.
+    near = jnp.abs(b) * x[-1] < jnp.finfo(x.dtype).eps ** 0.5
+    rate = jnp.where(near, 1.0 / jnp.mean(x), -b / jnp.where(near, 1.0, k))
+    likelihood = tail * (jnp.log(rate) - k - 1.0)
     mean_b = jnp.sum(b * jax.nn.softmax(likelihood))
     shape = jnp.mean(jnp.log1p(-mean_b * x))
     shape = (tail * shape + 10 * 0.5) / (tail + 10)

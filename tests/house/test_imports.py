@@ -25,6 +25,7 @@ ORDER = [
     "heads",
     "posterior",
     "refine",
+    "search",
     "objectives",
     "training",
     "calibration",
@@ -32,6 +33,7 @@ ORDER = [
     "bundle",
     "catalogue",
     "alert",
+    "deploy",
 ]
 """A module may import only modules that stand before it (or belong to its own folder)."""
 

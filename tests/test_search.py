@@ -1,0 +1,197 @@
+"""The search: never above a start, at the minimum, with the minimum's slope, compiled once."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from amortlib.encoders import FlatEncoder
+from amortlib.energy import Energy
+from amortlib.gaussian import Gaussian
+from amortlib.heads import CholeskyHead, MixtureHead
+from amortlib.laplace import laplace, mode_jacobian
+from amortlib.posterior import AmortizedPosterior
+from amortlib.search import Field, search, search_posterior
+from amortlib.solvers import Oracle
+from amortlib.training import trainable
+from amortlib.types import Event, to_double
+
+pytestmark = pytest.mark.slow
+
+KEY = jax.random.key(0)
+PRIOR = Gaussian(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.0], [0.3, 0.8]]))
+FIELD = Field((4, 4, 2, 2, 1), 2)
+
+
+def squares(x):
+    """Seen through a square: up to two minima, on either side of zero."""
+    return jnp.stack([x[0] ** 2, x[0] * x[1], x[1] + 0.3 * x[0] ** 2])
+
+
+ENERGY = Energy(PRIOR, squares)
+
+
+def events_of(n: int, seed: int = 0) -> Event:
+    rng = np.random.default_rng(seed)
+    x = np.asarray(jax.vmap(PRIOR.colour)(jnp.asarray(rng.normal(size=(n, 2)), jnp.float32)))
+    y = np.asarray(jax.vmap(squares)(jnp.asarray(x))) + 0.3 * rng.normal(size=(n, 3))
+    return Event(
+        jnp.asarray(y, jnp.float32), jnp.asarray(rng.random((n, 3)) < 0.7), jnp.full((n, 3), 0.3)
+    )
+
+
+def guess(components: int = 4) -> AmortizedPosterior:
+    encoder = FlatEncoder((3,), key=KEY, features=6, width=8, depth=1)
+    head = MixtureHead(
+        6, 2, key=KEY, components=components, centre=PRIOR.loc, scale=3.0 * PRIOR.sd()
+    )
+    return AmortizedPosterior(encoder, head)
+
+
+def cost_of(energy: Energy, v, event: Event):
+    return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+
+
+@pytest.mark.parametrize("newton", [0, 2])
+def test_no_start_is_lower_than_the_end(newton, x64):
+    """Of 64 events and 6 starts, most of them far away, after each number of steps; and more steps
+    with no narrowing never end higher.
+    """
+    energy, events = to_double(ENERGY), to_double(events_of(64))
+    starts = 4.0 * jax.random.normal(KEY, (64, 6, 2), jnp.float64)
+    before = jax.vmap(lambda v, e: jax.vmap(lambda v: cost_of(energy, v, e))(v))(starts, events)
+    last = before.min(axis=1)
+    for k in (0, 1, 3, 8):
+        narrow, wide = Field.narrowing(6, k, newton=newton), Field((6,) * k, min(newton, k))
+
+        def end(v, event, field):
+            return cost_of(energy, search(energy, v, event, field=field), event)
+
+        lowest = {
+            field: jax.jit(jax.vmap(lambda v, e, f=field: end(v, e, f)))(starts, events)
+            for field in (narrow, wide)
+        }
+        for found in lowest.values():
+            assert (found <= before.min(axis=1) + 1e-12).all()
+        if newton == 0:
+            assert (lowest[wide] <= last + 1e-12).all()
+            last = lowest[wide]
+        if k == 0:
+            np.testing.assert_allclose(lowest[narrow], before.min(axis=1), rtol=1e-12)
+    assert lowest[wide].mean() < 0.2 * before.min(axis=1).mean()
+
+
+def test_it_ends_where_the_oracle_does_with_the_oracles_slope(x64):
+    """And Newton's last steps have brought it there: the same number without them have not.
+
+    Events of which the oracle is sure, and that it found no second minimum near of.
+    """
+    batch = events_of(64, 1)
+    found = Oracle(ENERGY)(batch, key=KEY)
+    good = np.flatnonzero(found.sure & found.single & (np.asarray(batch.mask).sum(1) > 0))
+    assert good.size > 20
+    energy, events = to_double(ENERGY), to_double(jax.tree.map(lambda a: a[good], batch))
+    starts = 1.5 * jax.random.normal(KEY, (12, 2), jnp.float64)
+
+    def run(newton):
+        field = Field((12, 12, 12, 8, 6, 4, 2, 2), newton)
+
+        def both(event):
+            def mode(y):
+                x = search(energy, starts, Event(y, event.mask, event.sd), field=field)
+                return energy.prior.colour(x)
+
+            return mode(event.y), jax.jacfwd(mode)(event.y), jax.jacrev(mode)(event.y)
+
+        return jax.jit(jax.vmap(both))(events)
+
+    mode, slope, back = run(3)
+    same = np.abs(np.asarray(mode) - found.mode[good]).max(axis=1) < 1e-6
+    assert same.mean() >= 0.95  # twelve starts for all events alike may miss the lowest minimum
+    np.testing.assert_allclose(slope[same], found.jacobian[good][same], atol=1e-4)
+    np.testing.assert_allclose(back, slope, atol=1e-9)
+    plain, *_ = run(0)
+    off = [np.abs(np.asarray(m) - found.mode[good])[same].max(axis=1) for m in (mode, plain)]
+    assert np.quantile(off[0], 0.9) < 0.01 * np.quantile(off[1], 0.9)
+
+
+def test_unrolled_knows_of_the_starts_and_implicit_does_not(x64):
+    energy, event = to_double(ENERGY), to_double(jax.tree.map(lambda a: a[0], events_of(1)))
+    starts = jnp.array([[0.3, 0.2], [1.0, -0.5]], jnp.float64)
+
+    def slope(derivative):
+        run = lambda v: search(energy, v, event, field=Field((2, 1), 0), derivative=derivative)  # noqa: E731
+        return jax.jit(jax.jacfwd(run))(starts)
+
+    assert np.abs(slope("unrolled")).max() > 1e-4
+    np.testing.assert_array_equal(slope("implicit"), 0.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> AmortizedPosterior:
+    return search_posterior(guess(), ENERGY, field=Field((4, 4, 4, 4, 4, 2, 2, 2), 3))
+
+
+def test_the_posterior_is_laplace_at_the_end(model):
+    event = jax.tree.map(lambda a: a[0], events_of(1))
+    q = eqx.filter_jit(model)(event)
+    want = laplace(ENERGY, q.mode(), event)
+    np.testing.assert_allclose(q.covariance(), want.covariance(), rtol=1e-3, atol=1e-5)
+    slope = eqx.filter_jit(model.mode_jacobian)(event)
+    np.testing.assert_allclose(slope, mode_jacobian(ENERGY, q.mode(), event), atol=1e-4)
+    np.testing.assert_array_equal(slope[:, ~np.asarray(event.mask)], 0.0)
+
+
+def test_masks_do_not_compile_anew_and_nothing_seen_is_the_prior(model):
+    traces = []
+
+    @jax.jit
+    def run(event):
+        traces.append(None)
+        q = model(event)
+        return q.mode(), q.covariance()
+
+    events = events_of(4)
+    for i in range(4):
+        run(jax.tree.map(lambda a, i=i: a[i], events))
+    event = jax.tree.map(lambda a: a[0], events)
+    nothing = Event(jnp.full_like(event.y, jnp.nan), jnp.zeros(3, bool), event.sd)
+    mode, covariance = run(nothing)
+    assert len(traces) == 1
+    np.testing.assert_allclose(mode, PRIOR.loc, atol=1e-4)
+    np.testing.assert_allclose(covariance, PRIOR.covariance(), atol=1e-4)
+
+
+def test_a_start_at_which_j_overflows_does_no_harm():
+    event = jax.tree.map(lambda a: a[0], events_of(1))
+    event = Event(event.y, jnp.ones(3, bool), event.sd)
+    run = jax.jit(lambda v: search(ENERGY, v, event, field=Field((3, 3, 2, 1), 1)))
+    good = jnp.array([[0.3, 0.2], [1.0, -0.5], [0.1, 0.1]])
+    np.testing.assert_array_equal(
+        run(jnp.concatenate([good, jnp.array([[1e30, 1e30], [jnp.nan, 0.0]])])), run(good)
+    )
+
+
+def test_guess_and_energy_are_held_fixed(model):
+    assert not any(jax.tree.leaves(trainable(model)))
+
+
+def test_the_field_narrows_by_halves():
+    assert Field.narrowing(8, 5).widths == (8, 4, 2, 2, 2)
+    assert Field.narrowing(1, 3).widths == (1, 1, 1)
+    assert Field.narrowing(8, 1).newton == 1
+    assert Field.narrowing(8, 0).steps == 0
+
+
+def test_what_does_not_fit_is_refused():
+    event = jax.tree.map(lambda a: a[0], events_of(1))
+    with pytest.raises(ValueError, match="never grow, got"):
+        Field((1, 2))
+    with pytest.raises(ValueError, match="newton <= 2 steps, got 3"):
+        Field((1, 1), 3)
+    with pytest.raises(ValueError, match=r"s >= 4, got \(2, 2\)"):
+        search(ENERGY, jnp.zeros((2, 2)), event, field=FIELD)
+    single = AmortizedPosterior(guess().encoder, CholeskyHead(6, 2, key=KEY))
+    with pytest.raises(TypeError, match="a mixture, got Gauss"):
+        search_posterior(single, ENERGY, field=FIELD)(event)
