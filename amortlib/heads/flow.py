@@ -34,7 +34,7 @@ _LOG_2PI = math.log(2.0 * math.pi)
 _LOG_SCALE_BOUND = 3.0
 """Bound on the log of the scale that one layer applies: e^3 is 20 to one."""
 
-_INTERVAL = 4.0
+SPLINE_INTERVAL = 4.0
 """Splines bend what lies between minus this and this, in standard deviations of the base."""
 
 
@@ -47,7 +47,7 @@ def _transformer(name: str, knots: int) -> bij.AbstractBijection:
     affine = eqx.tree_at(lambda a: a.scale, bij.Affine(), Parameterize(_bounded_exp, jnp.zeros(())))
     if name == "affine":
         return affine
-    spline = bij.RationalQuadraticSpline(knots=knots, interval=_INTERVAL)
+    spline = bij.RationalQuadraticSpline(knots=knots, interval=SPLINE_INTERVAL)
     return bij.Chain([affine, spline])
 
 

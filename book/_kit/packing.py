@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import flowjax.bijections as bij
 import jax
 import jax.numpy as jnp
+from paramax import unwrap
 
-from amortlib.encoders import FlatEncoder, SiteEncoder
+from amortlib.encoders import FlatEncoder, ScaledEncoder, SiteEncoder
 from amortlib.export import save
+from amortlib.heads import FlowHead, MixtureHead, ScoreHead
+from amortlib.heads.flow import SPLINE_INTERVAL
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
+from amortlib.heads.score import EDM
 from amortlib.posterior import AmortizedPosterior
 
 _HEADS = {InformationHead: "information", CholeskyHead: "cholesky", DiagonalHead: "diagonal"}
@@ -67,3 +72,85 @@ def pack_posterior(posterior: AmortizedPosterior) -> bytes:
         "eps": float(jnp.finfo(weight.dtype).eps),
     }
     return pack(eqx.filter(posterior, eqx.is_array), settings)
+
+
+def _encoder(posterior: AmortizedPosterior) -> tuple[dict[str, Any], str]:
+    """A plain encoder and the units it reads in, and the name of its activation."""
+    scaled = posterior.encoder
+    if not isinstance(scaled, ScaledEncoder) or not isinstance(scaled.inner, FlatEncoder):
+        raise ValueError(f"expected a scaled FlatEncoder, got {type(scaled).__name__}")
+    if scaled.uses_sd or scaled.inner.obs_shape is None:
+        raise ValueError("expected an encoder of a fixed shape that reads no error bars")
+    shape = scaled.inner.obs_shape
+    units = {
+        "centre": jnp.broadcast_to(scaled.centre.value, shape).reshape(-1),
+        "scale": jnp.broadcast_to(scaled.scale.value, shape).reshape(-1),
+    }
+    return {"net": scaled.inner.mlp, **units}, _named(scaled.inner.mlp.activation)
+
+
+def pack_flow(posterior: AmortizedPosterior) -> bytes:
+    """A flow head with its encoder, for `js/flow.mjs`.
+
+    Raises:
+        ValueError: on a head, a base or an encoder that the JavaScript does not know.
+    """
+    head = posterior.head
+    if not isinstance(head, FlowHead):
+        raise ValueError(f"expected a FlowHead, got {type(head).__name__}")
+    if not all(isinstance(base, CholeskyHead) for base in head.bases):
+        raise ValueError("expected bases that are Cholesky heads, or a fixed one")
+    parts, activation = _encoder(posterior)
+    stacked = unwrap(head.flow).bijection
+    layer, turned = stacked.bijections if isinstance(stacked, bij.Chain) else (stacked, None)
+    coupling = isinstance(layer, bij.Coupling)
+    net = layer.conditioner if coupling else layer.masked_autoregressive_mlp
+    count, dim = net.layers[0].weight.shape[0], layer.shape[0]
+    order = jnp.zeros((count, 1), int) if turned is None else turned.permutation[0]
+    outputs = net.layers[-1].bias.shape[-1] // (dim - dim // 2 if coupling else dim)
+    spline = outputs > 2  # an affine map has a shift and a scale
+    tree = parts | {
+        "flow": net,
+        "order": order,
+        "project": head.project,
+        "offsets": head.offsets,
+        "logits": head.logits,
+        "bases": list(head.bases),
+        "prior": head.prior.tree,
+    }
+    settings = {
+        "head": "flow",
+        "activation": activation,
+        "layers": {
+            "kind": "coupling" if coupling else "autoregressive",
+            "transformer": "spline" if spline else "affine",
+            "knots": (outputs - 6) // 3 if spline else 0,
+            "interval": SPLINE_INTERVAL,
+            "activation": _named(net.activation),
+        },
+    }
+    return pack(eqx.filter(tree, eqx.is_array), settings)
+
+
+def pack_score(posterior: AmortizedPosterior) -> bytes:
+    """A score head over a mixture of Gaussians with EDM's noise levels, for `js/score.mjs`.
+
+    Raises:
+        ValueError: on a head, a base, noise levels or an encoder that the JavaScript does not know.
+    """
+    head = posterior.head
+    if not isinstance(head, ScoreHead) or not isinstance(head.base, MixtureHead):
+        raise ValueError(f"expected a ScoreHead over a mixture, got {type(head).__name__}")
+    if not isinstance(head.noise, EDM) or head.noise.sigma_data != 1.0:
+        raise ValueError(f"expected the levels of EDM with sigma_data 1, got {head.noise}")
+    parts, activation = _encoder(posterior)
+    settings = {
+        "head": "score",
+        "activation": activation,
+        "components": head.base.components,
+        "depth": head.net.depth,
+        "width": head.net.width,
+        "noise": {name: getattr(head.noise, name) for name in ("sigma_min", "sigma_max", "rho")},
+    }
+    tree = parts | {"score": head.net, "base": head.base}
+    return pack(eqx.filter(tree, eqx.is_array), settings)

@@ -5,8 +5,10 @@
  * that happens to be near zero is held to the scale of its neighbours.
  */
 
+import { loadFlow } from "../../book/_kit/js/flow.mjs";
 import { kl } from "../../book/_kit/js/gaussian.mjs";
 import { exactPosterior, loadPosterior, priorOf } from "../../book/_kit/js/posterior.mjs";
+import { loadScore } from "../../book/_kit/js/score.mjs";
 import { readWeights } from "../../book/_kit/js/weights.mjs";
 
 /** Row `i` of a tensor `(N, k)`. */
@@ -47,6 +49,28 @@ export function parity(weights, vectors) {
       note("exact sd", exact.sd(), row(get("exact_sd"), i));
       note("kl", [kl(exact, q)], row(get("kl"), i), q.dim);
     }
+    worst.events += 1;
+  }
+  return worst;
+}
+
+/** The same for flows and scores: draws from given noise, weights, and a flow's log-density. */
+export function mixtureParity(weights, vectors) {
+  const kind = readWeights(weights).settings.head;
+  const posterior = { flow: loadFlow, score: loadScore }[kind](weights);
+  const { tensors } = readWeights(vectors);
+  const get = (name) => tensors[`['${name}']`];
+  const worst = { events: 0 };
+  const note = (name, got, wanted, floor) => {
+    worst[name] = Math.max(worst[name] ?? 0, difference(got, wanted, floor));
+  };
+  for (let i = 0; i < get("y").shape[0]; i++) {
+    const q = posterior({ y: row(get("y"), i), mask: Array.from(row(get("mask"), i), Boolean) });
+    const parts = q.components ?? q.frames;
+    note("log_weight", parts.map((part) => part.logWeight), row(get("log_weight"), i), 1);
+    const z = row(get("z"), i);
+    parts.forEach((_, k) => note("sample", q.fromNoise(z, k), row(get(`sample_${k}`), i)));
+    if (kind === "flow") note("log_prob", [q.logProb(row(get("x"), i))], row(get("log_prob"), i), q.dim);
     worst.events += 1;
   }
   return worst;

@@ -86,8 +86,13 @@ export class Gaussian {
     return this.loc.map((value, i) => value + dot(chol.subarray(i * dim, (i + 1) * dim), v));
   }
 
+  /** v with x = loc + L v, the inverse of `colour`. */
+  whiten(x) {
+    return solveLower(this.chol, x.map((value, i) => value - this.loc[i]), this.dim);
+  }
+
   mahalanobis(x) {
-    const z = solveLower(this.chol, x.map((value, i) => value - this.loc[i]), this.dim);
+    const z = this.whiten(x);
     return dot(z, z);
   }
 
@@ -191,11 +196,11 @@ export class GaussMarkov {
     return this.solveBackward(v).map((value, i) => value + this.loc[i]);
   }
 
-  /** |x - loc|^2 in the metric of the precision. */
-  mahalanobis(x) {
+  /** v = L^T (x - loc), the inverse of `colour`. */
+  whiten(x) {
     const { n, b } = this;
     const away = x.map((value, i) => value - this.loc[i]);
-    let sum = 0;
+    const out = new Float64Array(this.dim);
     for (let i = 0; i < n; i++) {
       for (let j = 0; j < b; j++) {
         let z = 0;
@@ -203,10 +208,16 @@ export class GaussMarkov {
           z += this.diag[i][k * b + j] * away[i * b + k];
           if (i < n - 1) z += this.off[i][k * b + j] * away[(i + 1) * b + k];
         }
-        sum += z * z;
+        out[i * b + j] = z;
       }
     }
-    return sum;
+    return out;
+  }
+
+  /** |x - loc|^2 in the metric of the precision. */
+  mahalanobis(x) {
+    const z = this.whiten(x);
+    return dot(z, z);
   }
 
   /** Half the log-determinant of the precision. */

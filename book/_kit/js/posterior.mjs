@@ -103,10 +103,10 @@ function diagonalHead(tensors) {
 }
 
 /** `CholeskyHead`: mean and every entry of the factor of the precision; a single site of size d. */
-function choleskyHead(tensors) {
-  const layer = layerOf(tensors, ".head.linear");
-  const centre = tensors[".head.centre.tree"].data;
-  const scale = tensors[".head.scale.tree"].data;
+export function choleskyHead(tensors, prefix = ".head") {
+  const layer = layerOf(tensors, `${prefix}.linear`);
+  const centre = tensors[`${prefix}.centre.tree`].data;
+  const scale = tensors[`${prefix}.scale.tree`].data;
   const dim = centre.length;
   return (context) => {
     const out = linear(layer, context);
@@ -121,7 +121,7 @@ function choleskyHead(tensors) {
   };
 }
 
-const HEADS = { information: informationHead, diagonal: diagonalHead, cholesky: choleskyHead };
+const HEADS = { information: informationHead, diagonal: diagonalHead, cholesky: (tensors) => choleskyHead(tensors) };
 
 /** A Markov density whose tensors are named `PREFIX.loc`, `.diag` and `.off`. */
 export function priorOf(tensors, prefix) {

@@ -77,7 +77,8 @@ function isWhole(bytes, text, digest) {
   if (typeof digest !== "string" || digest.length !== 64 || seal < 0) return false;
   // The header may hold letters that take several bytes: count bytes, not letters.
   const start = 8 + new TextEncoder().encode(text.slice(0, seal)).length + '"sha256":"'.length;
-  const unsealed = bytes.slice();
+  // A copy: the `slice` of node's buffers is a view, and would write into the file itself.
+  const unsealed = Uint8Array.from(bytes);
   unsealed.fill("0".charCodeAt(0), start, start + 64);
   return sha256(unsealed) === digest;
 }
