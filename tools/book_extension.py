@@ -172,6 +172,48 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
             shutil.copy2(source / part, target / part)
 
 
+def name_roles(
+    _app: Sphinx, _pagename: str, _template: str, context: dict[str, Any], _doctree: Any
+) -> None:
+    """Entries of the bibliography are items of its list: docutils gives them an outdated role."""
+    if "citation-list" in context.get("body", ""):
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
+LIVE_SCRIPT, LIVE_STYLE = "live.js", "live.css"
+
+
+def add_live_widgets(
+    app: Sphinx, _pagename: str, _template: str, context: dict[str, Any], _doctree: Any
+) -> None:
+    """Give a page with live widgets their script and style; other pages go without."""
+    if "data-live=" in context.get("body", ""):
+        app.add_js_file(LIVE_SCRIPT, loading_method="defer")
+        app.add_css_file(LIVE_STYLE)
+
+
+def write_live_widgets(app: Sphinx, error: Exception | None) -> None:
+    """Write the script and the style of the live widgets into the built book."""
+    if error is not None or app.builder.format != "html":
+        return
+    kit = Path(app.srcdir) / "book" / "_kit"
+    if not kit.is_dir():  # a book without a kit has no widgets
+        return
+    target = Path(app.outdir) / "_static"
+    (target / LIVE_SCRIPT).write_text(_bundler(kit).page_script(kit / "js"), encoding="utf-8")
+    shutil.copy2(kit / "js" / "live.css", target / LIVE_STYLE)
+
+
+def _bundler(kit: Path) -> Any:
+    """The kit's module that makes one script of its sources; the kit is no package to import."""
+    spec = importlib.util.spec_from_file_location("book_kit_bundle", kit / "bundle.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def disconnect_thebe(app: Sphinx) -> None:
     """Take sphinx-thebe off the pages.
 
@@ -193,5 +235,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("chapter-times", ChapterTimes)
     app.connect("config-inited", use_own_mathjax)
     app.connect("config-inited", lambda app, _config: disconnect_thebe(app))
+    app.connect("html-page-context", name_roles)
+    app.connect("html-page-context", add_live_widgets)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", write_live_widgets)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

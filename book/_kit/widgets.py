@@ -1,18 +1,20 @@
-"""Live controls of the book. A widget holds sliders; what it draws lives in `figures`."""
+"""The gap explorer: move a gap through a path, and see the exact and the amortized posterior."""
 
 from __future__ import annotations
 
-import base64
-import io
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
-import ipywidgets as ipw
 import jax
 import jax.numpy as jnp
 import numpy as np
+import traitlets
+from matplotlib.figure import Figure
 
 from _kit.figures import GapPicture, draw_gap
+from _kit.live import LiveWidget
+from _kit.packing import pack, pack_posterior
 from amortlib.gaussian import condition, kl
 from amortlib.observation import gap
 from amortlib.posterior import AmortizedPosterior
@@ -27,6 +29,13 @@ def _answers(posterior: AmortizedPosterior, prior: Any, event: Event) -> tuple[j
     exact = condition(prior, jnp.eye(event.y.shape[0]), event)
     q = posterior(event)
     return exact.mean(), exact.sd(), q.mean(), q.sd(), kl(exact, q)
+
+
+def _path(problem: InverseProblem, event: int) -> tuple[jax.Array, jax.Array]:
+    """The path of an event, and its observation errors in standard deviations."""
+    k_state, k_noise = jax.random.split(jax.random.key(event))
+    truth = problem.prior_sample(k_state)
+    return truth, jax.random.normal(k_noise, truth.shape)
 
 
 def gap_picture(
@@ -53,9 +62,8 @@ def gap_picture(
     """
     if problem.prior is None:
         raise ValueError("expected a problem with its prior: the exact posterior needs it")
-    k_state, k_noise = jax.random.split(jax.random.key(event))
-    truth = problem.prior_sample(k_state)
-    y = truth + noise * jax.random.normal(k_noise, truth.shape)
+    truth, errors = _path(problem, event)
+    y = truth + noise * errors
     sd = jnp.full(truth.shape, noise)
     observed = Event(y, gap(truth.size, start, length), sd)
     mean, spread, head_mean, head_sd, distance = _answers(posterior, problem.prior, observed)
@@ -72,16 +80,37 @@ def gap_picture(
     )
 
 
-class GapExplorer(ipw.VBox):
-    """Sliders for the gap's start and length, the noise and the event; a picture and its words.
+class GapExplorer(LiveWidget):
+    """Gap, noise, event and head by sliders, or by dragging the gap in the picture.
 
-    Where a kernel runs, moving a slider evaluates both posteriors anew. In the rendered book,
-    which has none, the display is the picture for the settings it was made with.
+    The heads and the exact posterior are computed by the page itself. With a kernel a function of
+    your own can be drawn beside them: it is called with the [`Event`][amortlib.types.Event] at
+    every position, and returns a mean and a standard deviation, or a Gaussian.
+
+    Attributes:
+        start: first missing time.
+        length: how many times are missing.
+        noise: standard deviation of the observation error.
+        event: which path, of 20.
+        head: name of the head that is shown.
+        problem: as it was given.
+        posteriors: the heads by name.
     """
+
+    start = traitlets.Int(10).tag(sync=True)
+    length = traitlets.Int(10).tag(sync=True)
+    noise = traitlets.Float(0.3).tag(sync=True)
+    event = traitlets.Int(0).tag(sync=True)
+    head = traitlets.Unicode().tag(sync=True)
+    events = traitlets.Int(_EVENTS).tag(sync=True)
+    heads = traitlets.Dict().tag(sync=True)
+    paths = traitlets.Bytes().tag(sync=True)
+    noise_range = traitlets.List(traitlets.Float()).tag(sync=True)
+    overlay = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
-        posterior: AmortizedPosterior,
+        posterior: AmortizedPosterior | Mapping[str, AmortizedPosterior],
         problem: InverseProblem,
         *,
         start: int = 10,
@@ -89,75 +118,88 @@ class GapExplorer(ipw.VBox):
         noise: float = 0.3,
         event: int = 0,
         noise_range: tuple[float, float] | None = (0.1, 1.0),
+        compare: Callable[[Event], Any] | None = None,
+        label: str = "yours, 95%",
     ):
-        """Set the first position of the sliders.
+        """Set the first position.
 
         Args:
-            posterior: a head for the problem.
-            problem: a problem in which every site of the state is observed.
+            posterior: a head for the problem, or several by name.
+            problem: a problem in which every site of a scalar Markov path is observed.
             start: first missing time.
             length: how many times are missing.
             noise: standard deviation of the observation error.
             event: which path.
-            noise_range: ends of the noise slider; `None` for a head that knows one noise only,
+            noise_range: ends of the noise slider; `None` for heads that know one noise only,
                 which leaves the slider out.
+            compare: drawn beside the heads where a kernel runs.
+            label: its name.
+
+        Raises:
+            ValueError: on a problem without a prior, a head that the pages do not know, or a
+                first position off the sliders.
         """
-        self.posterior = posterior
-        self.problem = problem
-        n = problem.shapes()[0][0]
-        style_ = {"description_width": "7em"}
-        layout = ipw.Layout(width="100%", max_width="36em")
-        self.start = ipw.IntSlider(
-            start, 0, n - 1, description="gap start", style=style_, layout=layout
+        if problem.prior is None:
+            raise ValueError("expected a problem with its prior: the exact posterior needs it")
+        heads = posterior if isinstance(posterior, Mapping) else {"amortized": posterior}
+        n = problem.prior.loc.size
+        ends = {"start": (start, n - 1), "length": (length, n), "event": (event, _EVENTS - 1)}
+        for name, (value, last) in ends.items():
+            if not 0 <= value <= last:
+                raise ValueError(f"expected 0 <= {name} <= {last}, got {value}")
+        self.problem, self.posteriors = problem, dict(heads)
+        self._compare, self._label = compare, label
+        truth, errors = jax.vmap(lambda i: _path(problem, i))(jnp.arange(_EVENTS))
+        super().__init__(
+            kind="gap",
+            title="Gap explorer",
+            start=start,
+            length=length,
+            noise=noise,
+            event=event,
+            head=next(iter(heads)),
+            heads={name: pack_posterior(made) for name, made in heads.items()},
+            paths=pack({"prior": problem.prior, "truth": truth, "errors": errors}),
+            noise_range=[noise, noise] if noise_range is None else list(noise_range),
         )
-        self.length = ipw.IntSlider(
-            length, 0, n, description="gap length", style=style_, layout=layout
-        )
-        low, high = (noise, noise) if noise_range is None else noise_range
-        self.noise = ipw.FloatSlider(
-            noise, min=low, max=high, step=0.05, description="noise sd", style=style_, layout=layout
-        )
-        self.event = ipw.IntSlider(
-            event, 0, _EVENTS - 1, description="event", style=style_, layout=layout
-        )
-        self.controls = [self.start, self.length, self.noise, self.event]
-        if noise_range is None:
-            self.controls.remove(self.noise)
-        self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="46em"))
-        self.words = ipw.HTML()
-        for control in self.controls:
-            control.observe(self._redraw, names="value")
-        self._redraw()
-        super().__init__([*self.controls, self.image, self.words])
+        if compare is not None:
+            self.observe(self._ask, ["start", "length", "noise", "event"])
+            self._ask()
+
+    def seen(self) -> Event:
+        """The event as the sliders stand."""
+        truth, errors = _path(self.problem, self.event)
+        mask = gap(truth.size, self.start, self.length)
+        return Event(truth + self.noise * errors, mask, jnp.full(truth.shape, self.noise))
 
     def picture(self) -> GapPicture:
-        """Both posteriors where the sliders stand now."""
+        """Both posteriors as the sliders stand, computed by amortlib."""
         return gap_picture(
-            self.posterior,
+            self.posteriors[self.head],
             self.problem,
-            start=self.start.value,
-            length=self.length.value,
-            noise=self.noise.value,
-            event=self.event.value,
+            start=self.start,
+            length=self.length,
+            noise=self.noise,
+            event=self.event,
         )
 
-    def _redraw(self, change: Any = None) -> None:
+    def still(self) -> tuple[Figure, str]:
+        """Both posteriors, drawn by matplotlib."""
         picture = self.picture()
-        data = io.BytesIO()
-        draw_gap(picture).savefig(data, format="png")
-        self.image.value = data.getvalue()
-        self.words.value = f'<span role="status">{picture.words()}</span>'
+        return draw_gap(picture), picture.words()
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        # Beside the live view, the picture as it stands: what a page without a kernel can show.
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = dict(bundle[0] if isinstance(bundle, tuple) else bundle)
-        data["image/png"] = base64.b64encode(self.image.value).decode("ascii")
-        return data
+    def _ask(self, change: Any = None) -> None:
+        assert self._compare is not None
+        answer = self._compare(self.seen())
+        mean, sd = answer if isinstance(answer, tuple) else (answer.mean(), answer.sd())
+        mean, sd = (np.asarray(a, float).tolist() for a in (mean, sd))
+        self.overlay = {"mean": mean, "sd": sd, "label": self._label}
 
 
 def gap_explorer(
-    posterior: AmortizedPosterior, problem: InverseProblem, **first: Any
+    posterior: AmortizedPosterior | Mapping[str, AmortizedPosterior],
+    problem: InverseProblem,
+    **first: Any,
 ) -> GapExplorer:
     """Move the gap and watch both posteriors answer; see [`GapExplorer`][] for the settings."""
     return GapExplorer(posterior, problem, **first)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
 from tools.chapters import toc_names
 
@@ -44,6 +45,10 @@ TOO_WIDE = """() => {
           wide: wide.slice(0, 5).map((node) => node.outerHTML.slice(0, 120))};
 }"""
 
+
+STILL = """[...document.querySelectorAll('[data-live]')].filter(
+  (host) => !host.querySelector('.live-plot') || host.querySelector('[role=alert], .live-still')
+).map((host) => host.dataset.live)"""
 
 CUT_OFF = """[...document.querySelectorAll('div.math mjx-container')].filter(
   (box) => box.querySelector('mjx-math').getBoundingClientRect().width > box.clientWidth + 1
@@ -113,6 +118,7 @@ def test_a_page_reads_well_and_asks_for_nothing(
     tab.evaluate(OPEN_EVERYTHING)
     tab.wait_for_timeout(300)
     assert watch.complaints == []
+    assert tab.evaluate(STILL) == [], "live widgets that did not start"
     assert tab.evaluate("document.documentElement.dataset.theme") == scheme
     size = tab.evaluate(TOO_WIDE)
     assert size["page"] <= size["width"], f"the page scrolls sideways: {size}"
@@ -121,6 +127,24 @@ def test_a_page_reads_well_and_asks_for_nothing(
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         name = f"{docname.replace('/', '-')}-{width}-{scheme}.png"
         tab.screenshot(path=SCREENSHOTS / name, full_page=True)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("docname", [*NAMES, "genindex", "search"])
+def test_no_barrier_is_found(browser: Any, site: str, docname: str, scheme: str) -> None:
+    """axe-core's rules for WCAG 2.1 AA, with every exercise and menu open."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page = context.new_page()
+    page.goto(f"{site}/{docname}.html", wait_until="load")
+    page.evaluate(SETTLED)
+    page.evaluate(OPEN_EVERYTHING)
+    page.wait_for_timeout(500)
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+    found = Axe().run(page, options=rules).response["violations"]
+    assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
+    context.close()
 
 
 @pytest.mark.parametrize("docname", NAMES)

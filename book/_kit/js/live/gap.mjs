@@ -1,0 +1,139 @@
+/** The gap explorer: move a gap through a path, and see the exact and the amortized posterior. */
+
+import { kl } from "../gaussian.mjs";
+import { exactPosterior, gap, loadPosterior, priorOf } from "../posterior.mjs";
+import { readWeights } from "../weights.mjs";
+
+const Z = 1.96;
+
+/** The numbers behind the picture: `load` once, `answer` for every position. */
+export function gapNumbers(heads, paths) {
+  const { tensors } = readWeights(paths);
+  const prior = priorOf(tensors, "['prior']");
+  const loaded = Object.fromEntries(Object.entries(heads).map(([name, bytes]) => [name, loadPosterior(bytes)]));
+  const n = prior.dim;
+  const row = (name, i) => tensors[`['${name}']`].data.subarray(i * n, (i + 1) * n);
+  return {
+    n,
+    answer({ head, start, length, noise, event }) {
+      const truth = row("truth", event);
+      const y = row("errors", event).map((error, t) => truth[t] + noise * error);
+      const mask = gap(n, start, length);
+      const seen = { y, mask, sd: new Float64Array(n).fill(noise) };
+      const exact = exactPosterior(prior, seen);
+      const q = loaded[head](seen);
+      return { truth, y, mask, exact: moments(exact), head: moments(q), kl: Math.max(kl(exact, q), 0) };
+    },
+  };
+}
+
+const moments = (density) => ({ mean: density.mean(), sd: density.sd() });
+
+/** The picture in one sentence; the same as `GapPicture.words`. */
+export function gapWords({ mask, head, kl }) {
+  const missing = mask.filter((seen) => !seen).length;
+  return (
+    `${missing} of ${mask.length} times are missing; the amortized standard deviation is ` +
+    `${Math.min(...head.sd).toFixed(2)} at its smallest and ${Math.max(...head.sd).toFixed(2)} at its largest, ` +
+    `and the amortized posterior is ${kl.toFixed(4)} nats from the exact one.`
+  );
+}
+
+export function gapExplorer(stage) {
+  const roles = stage.get("roles");
+  const heads = stage.get("heads");
+  const numbers = gapNumbers(heads, stage.get("paths"));
+  const { n } = numbers;
+  const t = Array.from({ length: n }, (_, i) => i);
+  const fixed = (digits) => (value) => value.toFixed(digits);
+
+  stage.slider({ name: "start", label: "gap start", min: 0, max: n - 1 });
+  stage.slider({ name: "length", label: "gap length", min: 0, max: n });
+  const [low, high] = stage.get("noise_range");
+  if (low < high) stage.slider({ name: "noise", label: "noise sd", min: low, max: high, step: 0.05, said: fixed(2) });
+  stage.slider({ name: "event", label: "event", min: 0, max: stage.get("events") - 1 });
+  const names = Object.keys(heads);
+  if (names.length > 1) stage.choice({ name: "head", label: "head", options: Object.fromEntries(names.map((name) => [name, name])) });
+
+  const plot = stage.plot({
+    label: "A path over time with a shaded gap, its observations, and the exact and amortized posteriors",
+    x: { label: "time step", from: -0.5, to: n - 0.5 },
+    y: { label: "state", from: -3.5, to: 3.5 },
+  });
+  const overlay = () => stage.get("overlay") ?? {};
+  const legend = () =>
+    stage.legend([
+      ["gap: drag it, or its edges", roles.gap, "box"],
+      ["truth", roles.truth, "line"],
+      ["observations", roles.obs, "dot"],
+      ["exact, 95%", roles.exact, "dash"],
+      ["amortized, 95%", roles.amortized, "line"],
+      ...(overlay().label ? [[overlay().label, roles.prior, "line"]] : []),
+    ]);
+  stage.follow("overlay", legend);
+
+  // The gap as the picture shows it, cut at the end of the record.
+  const start = () => stage.get("start");
+  const end = () => Math.min(start() + stage.get("length"), n);
+  const body = { y: plot.top, height: plot.plotHeight };
+  const across = (from, to) => (made) => {
+    const [a, b] = [plot.px(from() - 0.5), plot.px(to() - 0.5)];
+    made.setAttribute("x", a);
+    made.setAttribute("width", Math.max(b - a, 0));
+  };
+  const around = (where) => (made) => made.setAttribute("x", plot.px(where() - 0.5) - 14);
+  const edge = { y: plot.top, height: plot.plotHeight, width: 28 };
+  const place = [
+    stage.handle(plot, {
+      label: "the gap",
+      min: () => 0,
+      max: () => n - 1,
+      get: start,
+      put: (value) => stage.set({ start: value }),
+      place: across(start, end),
+      attributes: { ...body, "data-handle": "body", class: "live-handle live-body" },
+      said: (value) => `starts at ${value}`,
+    }),
+    stage.handle(plot, {
+      label: "left edge of the gap",
+      min: () => 0,
+      max: () => Math.min(end(), n - 1),
+      get: start,
+      put: (value) => stage.set({ start: value, length: end() - value }),
+      place: around(start),
+      attributes: { ...edge, "data-handle": "left" },
+      said: (value) => `starts at ${value}`,
+    }),
+    stage.handle(plot, {
+      label: "right edge of the gap",
+      min: start,
+      max: () => n,
+      get: end,
+      put: (value) => stage.set({ length: value - start() }),
+      place: around(end),
+      attributes: { ...edge, "data-handle": "right" },
+      said: (value) => `ends before ${value}`,
+    }),
+  ];
+
+  stage.watch("start", "length", "noise", "event", "head", "overlay");
+  return () => {
+    const at = Object.fromEntries(["start", "length", "noise", "event", "head"].map((name) => [name, stage.get(name)]));
+    const found = numbers.answer(at);
+    const side = ({ mean, sd }, z) => mean.map((m, i) => m + z * sd[i]);
+    const { truth, y, mask, exact, head } = found;
+    plot.shade("gap", start() - 0.5, end() - 0.5, roles.gap);
+    plot.band("head", t, side(head, -Z), side(head, Z), { color: roles.amortized });
+    plot.line("head mean", t, head.mean, { color: roles.amortized });
+    plot.line("exact", t, exact.mean, { color: roles.exact, dash: "5 3" });
+    plot.line("exact low", t, side(exact, -Z), { color: roles.exact, dash: "5 3", width: 1 });
+    plot.line("exact high", t, side(exact, Z), { color: roles.exact, dash: "5 3", width: 1 });
+    plot.line("truth", t, truth, { color: roles.truth, width: 1.2 });
+    plot.dots("obs", t, y.map((value, i) => (mask[i] ? value : NaN)), { color: roles.obs });
+    const { mean = [], sd = [] } = overlay();
+    plot.band("more", t.slice(0, mean.length), side({ mean, sd }, -Z), side({ mean, sd }, Z), { color: roles.prior });
+    plot.line("more mean", t.slice(0, mean.length), mean, { color: roles.prior });
+    place.forEach((put) => put());
+    return gapWords(found);
+  };
+}

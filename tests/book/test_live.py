@@ -1,0 +1,358 @@
+"""The live widgets in a browser, without a kernel and without a network.
+
+Each widget is put on a bare page that is opened from disk, as the built book may be.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from _kit.bundle import JS, BundleError, bundle, page_script
+from _kit.heads import load_ou_head
+from _kit.live import LiveWidget
+from _kit.widgets import GapExplorer, gap_explorer
+from axe_playwright_python.sync_playwright import Axe
+
+from amortlib.posterior import regression_posterior
+
+pytestmark = pytest.mark.slow
+
+
+def two_heads() -> GapExplorer:
+    posterior, problem = load_ou_head()
+    plain = regression_posterior(
+        "cholesky", key=jax.random.key(0), prior=problem.prior, uses_sd=True
+    )
+    return gap_explorer({"information": posterior, "untrained": plain}, problem)
+
+
+EXAMPLES: dict[str, Callable[[], LiveWidget]] = {
+    "gap": lambda: gap_explorer(*load_ou_head()),
+    "gap, two heads": two_heads,
+}
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A widget</title>
+<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="live.css">
+<script defer src="live.js"></script></head><body><main><h1>A widget</h1>{}</main></body></html>"""
+
+READY = """() => document.querySelector('.live-words')?.textContent
+  || document.querySelector('[role=alert]')"""
+
+EVERYWHERE = """async () => {
+  // Both ends of every slider, every choice, and a hundred random positions of them all.
+  let seed = 1;
+  const random = () => (seed = (seed * 48271) % 2147483647) / 2147483647;
+  const inputs = [...document.querySelectorAll('.live input, .live select')];
+  const put = (input, share) => {
+    if (input.tagName === 'SELECT') {
+      const last = input.options.length - 1;
+      input.selectedIndex = Math.min(last, Math.floor(share * (last + 1)));
+      return input.dispatchEvent(new Event('change'));
+    }
+    input.value = Number(input.min) + share * (Number(input.max) - Number(input.min));
+    input.dispatchEvent(new Event('input'));
+  };
+  const wrong = [], words = new Set();
+  const look = () => {
+    const plots = [...document.querySelectorAll('.live-plot')].map((plot) => plot.outerHTML);
+    if (/NaN|Infinity|undefined/.test(plots.join('')))
+      wrong.push(inputs.map((i) => i.value).join());
+    const said = document.querySelector('.live-words')?.textContent ?? '';
+    if (!said || /NaN|undefined/.test(said)) wrong.push(`${said} at ${inputs.map((i) => i.value)}`);
+    words.add(said);
+  };
+  for (const input of inputs) for (const share of [0, 1]) { put(input, share); look(); }
+  for (let i = 0; i < 100; i++) { for (const input of inputs) put(input, random()); look(); }
+  await new Promise(requestAnimationFrame);
+  return {wrong, words: words.size, controls: inputs.length,
+          alerts: [...document.querySelectorAll('[role=alert]')].map((alert) => alert.textContent)};
+}"""
+
+
+class Shelf:
+    """Pages of widgets on disk, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[str, LiveWidget] = {}
+        (folder / "live.js").write_text(page_script(), encoding="utf-8")
+        shutil.copy2(JS / "live.css", folder / "live.css")
+
+    def widget(self, name: str) -> LiveWidget:
+        if name not in self.made:
+            self.made[name] = EXAMPLES[name]()
+            self.put(name, self.made[name].to_html())
+        return self.made[name]
+
+    def put(self, name: str, content: str) -> str:
+        path = self.folder / f"{re.sub(r'[^a-z]', '', name)}.html"
+        path.write_text(PAGE.format(content), encoding="utf-8")
+        return path.as_uri()
+
+    def address(self, name: str) -> str:
+        self.widget(name)
+        return (self.folder / f"{re.sub(r'[^a-z]', '', name)}.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A tab without a network that fails on any complaint of the page."""
+    context = browser.new_context(
+        viewport={"width": 800, "height": 900}, offline=True, has_touch=True
+    )
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+    page.complaints = complaints
+    yield page
+    context.close()
+
+
+def opened(tab: Any, address: str) -> Any:
+    tab.goto(address, wait_until="load")
+    tab.wait_for_function(READY)
+    return tab
+
+
+def value(tab: Any, name: str) -> float:
+    return float(tab.input_value(f"[data-name={name}]"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_slider_to_both_ends_and_a_hundred_positions(
+    tab: Any, shelf: Shelf, name: str
+) -> None:
+    opened(tab, shelf.address(name))
+    assert tab.query_selector(".live-still") is None, "the still picture gives way to the live one"
+    found = tab.evaluate(EVERYWHERE)
+    assert found["alerts"] == []
+    assert found["wrong"] == []
+    assert found["controls"] >= 2
+    assert found["words"] > 20, "the words follow the picture"
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_slider_by_keyboard(tab: Any, shelf: Shelf, name: str) -> None:
+    opened(tab, shelf.address(name))
+    for slider in tab.query_selector_all(".live input[type=range]"):
+        slider.focus()
+        tab.keyboard.press("Home")
+        low = float(slider.input_value())
+        tab.keyboard.press("ArrowRight")
+        assert float(slider.input_value()) > low
+        tab.keyboard.press("End")
+        assert float(slider.input_value()) == float(slider.get_attribute("max"))
+        assert tab.evaluate("(input) => input.labels.length", slider) == 1
+        assert slider.get_attribute("aria-valuetext")
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_phone_shows_all_of_it(browser: Any, shelf: Shelf, name: str) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 800})
+    tab = opened(context.new_page(), shelf.address(name))
+    wide = """() => [...document.querySelectorAll('.live *')].filter(
+      (node) => node.getBoundingClientRect().right > document.documentElement.clientWidth
+    ).map((node) => node.outerHTML.slice(0, 80))"""
+    assert tab.evaluate(wide) == []
+    context.close()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_barrier_is_found(tab: Any, shelf: Shelf, name: str) -> None:
+    """axe-core's rules for WCAG 2.1 AA."""
+    opened(tab, shelf.address(name))
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+    found = Axe().run(tab, options=rules).response["violations"]
+    assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
+
+
+# --- the gap explorer ---
+
+
+def place_of(tab: Any, handle: str) -> tuple[float, float]:
+    tab.query_selector(".live").scroll_into_view_if_needed()
+    box = tab.query_selector(f"[data-handle={handle}]").bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+STEP = "document.querySelector('.live clipPath rect').getAttribute('width') / 32"
+
+
+def test_the_gap_is_dragged_by_mouse(tab: Any, shelf: Shelf) -> None:
+    opened(tab, shelf.address("gap"))
+    step = tab.evaluate(STEP)
+
+    def drag(handle: str, times: float) -> None:
+        x, y = place_of(tab, handle)
+        tab.mouse.move(x, y)
+        tab.mouse.down()
+        for share in (0.3, 0.7, 1.0):
+            tab.mouse.move(x + share * times * step, y)
+        tab.mouse.up()
+
+    drag("right", 5)
+    assert (value(tab, "start"), value(tab, "length")) == (10, 15)
+    drag("left", 3)
+    assert (value(tab, "start"), value(tab, "length")) == (13, 12)
+    drag("body", -6)
+    assert (value(tab, "start"), value(tab, "length")) == (7, 12)
+    drag("left", 40)  # beyond the other edge: a gap of nothing, and never of less
+    assert value(tab, "length") == 0
+    assert "0 of 32 times are missing" in tab.inner_text(".live-words")
+    assert tab.complaints == []
+
+
+def test_the_gap_is_dragged_by_a_finger(tab: Any, shelf: Shelf) -> None:
+    opened(tab, shelf.address("gap"))
+    step = tab.evaluate(STEP)
+    x, y = place_of(tab, "right")
+    touch = tab.context.new_cdp_session(tab)
+
+    def send(kind: str, at: float | None) -> None:
+        points = [] if at is None else [{"x": at, "y": y}]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    send("touchStart", x)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        send("touchMove", x + share * 4 * step)
+        tab.wait_for_timeout(50)  # moves of a finger are handed on with the next frame
+    send("touchEnd", None)
+    assert value(tab, "length") == 14
+
+
+def test_the_gap_is_moved_by_keys(tab: Any, shelf: Shelf) -> None:
+    opened(tab, shelf.address("gap"))
+    for handle, key, expected in (
+        ("body", "ArrowRight", (11, 10)),
+        ("left", "ArrowLeft", (10, 11)),
+        ("right", "PageUp", (10, 16)),
+        ("right", "End", (10, 22)),
+        ("body", "Home", (0, 22)),
+    ):
+        tab.focus(f"[data-handle={handle}]")
+        tab.keyboard.press(key)
+        assert (value(tab, "start"), value(tab, "length")) == expected
+    slider = tab.query_selector("[data-handle=right]")
+    assert slider.get_attribute("role") == "slider"
+    assert slider.get_attribute("aria-valuenow") == "22"
+
+
+def test_the_page_says_what_amortlib_says(tab: Any, shelf: Shelf) -> None:
+    """The sentence under the picture, at 40 positions: one nat in 10,000 may be rounded apart."""
+    widget = shelf.widget("gap")
+    assert isinstance(widget, GapExplorer)
+    opened(tab, shelf.address("gap"))
+    rng = np.random.default_rng(0)
+    put = """(values) => { for (const [name, value] of Object.entries(values)) {
+      const input = document.querySelector(`[data-name=${name}]`);
+      input.value = value; input.dispatchEvent(new Event('input')); } }"""
+    for _ in range(40):
+        at = {
+            "start": int(rng.integers(32)),
+            "length": int(rng.integers(33)),
+            "event": int(rng.integers(20)),
+            "noise": round(0.05 * int(rng.integers(2, 21)), 2),
+        }
+        tab.evaluate(put, at)
+        for name, position in at.items():
+            setattr(widget, name, position)
+        said, expected = tab.inner_text(".live-words"), widget.picture().words()
+        number = r"\d+(?:\.\d+)?"
+        assert re.sub(number, "#", said) == re.sub(number, "#", expected)
+        numbers = [[float(n) for n in re.findall(number, text)] for text in (said, expected)]
+        np.testing.assert_allclose(*numbers, atol=0.0101)
+        assert abs(numbers[0][-1] - numbers[1][-1]) <= 2.1e-4
+
+
+# --- what cannot be shown is said ---
+
+
+def test_weights_of_another_version_are_refused_in_words(tab: Any, shelf: Shelf) -> None:
+    widget = shelf.widget("gap")
+    content = widget.to_html()
+    state = json.loads(re.search(r"<script[^>]*>(.*)</script>", content, re.DOTALL)[1])
+
+    data = base64.b64decode(state["heads"]["amortized"]["base64"])
+    for old, new, words in (
+        (b'"version":"1"', b'"version":"7"', "format version 1, got version 7"),
+        (data[-40:-20], b"\0" * 20, "one that is damaged"),
+    ):
+        assert old in data
+        other = dict(state)
+        other["heads"] = {
+            "amortized": {"base64": base64.b64encode(data.replace(old, new)).decode()}
+        }
+        script = f'<script type="application/json">{json.dumps(other)}</script>'
+        page = re.sub(
+            r"<script.*</script>", lambda _, script=script: script, content, flags=re.DOTALL
+        )
+        opened(tab, shelf.put("broken", page))
+        assert words in tab.inner_text("[role=alert]")
+        assert tab.query_selector(".live-still img"), "the still picture stays"
+
+
+def test_a_page_without_its_script_shows_the_picture(tab: Any, shelf: Shelf) -> None:
+    widget = shelf.widget("gap")
+    page = PAGE.format(widget.to_html()).replace("live.js", "nowhere.js")
+    (shelf.folder / "bare.html").write_text(page, encoding="utf-8")
+    tab.goto((shelf.folder / "bare.html").as_uri())
+    assert tab.query_selector(".live-still img").get_attribute("alt")
+    assert "needs JavaScript" in tab.inner_text(".live-still")
+
+
+def test_on_paper_the_picture_stands_alone(tab: Any, shelf: Shelf) -> None:
+    opened(tab, shelf.address("gap"))
+    tab.emulate_media(media="print")
+    assert not tab.is_visible(".live-controls")
+    assert tab.is_visible(".live-plot")
+    assert tab.is_visible(".live-words")
+
+
+# --- the bundle ---
+
+
+def test_the_bundle_imports_nothing() -> None:
+    script = page_script()
+    assert not re.search(r"^\s*(import|export)\b", script, re.MULTILINE)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", script)
+    assert "startAll" in bundle()
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ({"a.mjs": 'import { b } from "./b.mjs";\n'}, "expected the module b.mjs, which a.mjs"),
+        (
+            {
+                "a.mjs": 'import { b } from "./b.mjs";\n',
+                "b.mjs": 'import { a } from "./a.mjs";\n',
+            },
+            "without a cycle",
+        ),
+        ({"a.mjs": "export default 3;\n"}, "expected imports and exports by name"),
+        ({"a.mjs": 'import b from "./b.mjs";\n'}, "expected imports and exports by name"),
+    ],
+)
+def test_a_source_of_another_form_is_refused(tmp_path: Path, sources: dict, words: str) -> None:
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match=words):
+        bundle("a.mjs", tmp_path)
