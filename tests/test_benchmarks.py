@@ -47,6 +47,7 @@ def test_the_default_head_holds_the_bars() -> None:
         ("fourdvarnet", "plain on J"),
         ("gates", "one piece missing"),
         ("expressiveness", "spline flow"),
+        ("widgets", "gap explorer"),
     ],
 )
 def test_a_quick_run_prints_its_table_and_writes_its_data(

@@ -6,23 +6,26 @@ correlated. A head answers with another mean, another width and another correlat
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
-from typing import Any
 
-import ipywidgets as ipw
 import numpy as np
+import traitlets
 from matplotlib.figure import Figure
 
 from _kit import style
 from _kit.gates_figures import binomial_band, rank_histogram
+from _kit.live import LiveWidget
+from _kit.noise import normals
 
 EVENTS = 1000
 DRAWS = 99
 BINS = 10
 CORRELATION = 0.7
 """Of the exact posterior."""
+CRITICAL = 23.589
+"""Above this the sum of squares over ten bins closes the gate: one of two at 1%, after Holm."""
+LEVELS = np.arange(21) / 20
+TRUTH_SEED, DRAWS_SEED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,31 @@ class FaultPicture:
     Attributes:
         component: of the first number.
         energy: of J.
+        coverage: share of truths in the central intervals of the component, at each of `LEVELS`.
         shape: what the first histogram looks like, in a word.
         energy_shape: likewise the second.
     """
 
     component: np.ndarray
     energy: np.ndarray
+    coverage: np.ndarray
     shape: str
     energy_shape: str
 
+    @property
+    def passed(self) -> bool:
+        """Whether the gate of simulation-based calibration stays open."""
+        even = EVENTS / BINS
+        chi = [float(((c - even) ** 2).sum() / even) for c in (self.component, self.energy)]
+        return max(chi) < CRITICAL
+
     def words(self) -> str:
-        """The picture in one sentence."""
+        """The picture in words."""
         return (
             f"The histogram of the component is {self.shape}, that of the energy "
-            f"{self.energy_shape}."
+            f"{self.energy_shape}. Of intervals said to hold 95% of the truths, "
+            f"{100 * self.coverage[19]:.0f}% do. "
+            f"The gate {'stays open' if self.passed else 'closes'}."
         )
 
 
@@ -79,26 +93,29 @@ def fault_picture(bias: float, width: float, correlation: float) -> FaultPicture
         width: the head's standard deviation over the exact one; below one is over-confident.
         correlation: that the head states; the exact one is `CORRELATION`.
     """
-    rng = np.random.default_rng(0)
 
     def coloured(z: np.ndarray, rho: float) -> np.ndarray:
         return np.stack([z[..., 0], rho * z[..., 0] + np.sqrt(1 - rho**2) * z[..., 1]], -1)
 
     # In posterior units, from the exact mean: what the data are then makes no difference.
-    truth = coloured(rng.normal(size=(EVENTS, 2)), CORRELATION)
-    draws = bias + width * coloured(rng.normal(size=(EVENTS, DRAWS, 2)), correlation)
+    truth = coloured(normals(TRUTH_SEED, 2 * EVENTS).reshape(EVENTS, 2), CORRELATION)
+    noise = normals(DRAWS_SEED, 2 * EVENTS * DRAWS).reshape(EVENTS, DRAWS, 2)
+    draws = bias + width * coloured(noise, correlation)
 
     def energy(x: np.ndarray) -> np.ndarray:
         square = x[..., 0] ** 2 - 2 * CORRELATION * x[..., 0] * x[..., 1] + x[..., 1] ** 2
         return 0.5 * square / (1 - CORRELATION**2)
 
-    def histogram(at_draws: np.ndarray, at_truth: np.ndarray) -> np.ndarray:
-        ranks = (at_draws < at_truth[:, None]).sum(axis=1)
+    def histogram(ranks: np.ndarray) -> np.ndarray:
         return np.bincount(ranks * BINS // (DRAWS + 1), minlength=BINS)
 
-    component = histogram(draws[..., 0], truth[:, 0])
-    of_energy = histogram(energy(draws), energy(truth))
-    return FaultPicture(component, of_energy, shape_of(component), shape_of(of_energy))
+    ranks = (draws[..., 0] < truth[:, None, 0]).sum(axis=1)
+    component = histogram(ranks)
+    of_energy = histogram((energy(draws) < energy(truth)[:, None]).sum(axis=1))
+    # The smallest central interval of the draws that holds the truth.
+    needed = np.abs((2 * ranks + 1) / (DRAWS + 1) - 1)
+    coverage = (needed[:, None] <= LEVELS).mean(axis=0)
+    return FaultPicture(component, of_energy, coverage, shape_of(component), shape_of(of_energy))
 
 
 def draw_faults(picture: FaultPicture) -> Figure:
@@ -112,51 +129,37 @@ def draw_faults(picture: FaultPicture) -> Figure:
     return figure
 
 
-class FaultExplorer(ipw.VBox):
-    """Sliders for the fault, the two histograms, and their shapes in words.
+class FaultExplorer(LiveWidget):
+    """Sliders for the fault; the two histograms, the coverage, and the gate's word.
 
-    Where a kernel runs, moving a slider ranks anew. In the rendered book, which has none, the
-    display is the picture for the settings it was made with.
+    Attributes:
+        bias: added to both means, in posterior standard deviations.
+        width: the head's standard deviation over the exact one.
+        correlation: that the head states.
     """
+
+    bias = traitlets.Float(0.0).tag(sync=True)
+    width = traitlets.Float(1.0).tag(sync=True)
+    correlation = traitlets.Float(CORRELATION).tag(sync=True)
 
     def __init__(self, *, bias: float = 0.0, width: float = 1.0, correlation: float = CORRELATION):
         """Set the first position of the sliders; arguments as of [`fault_picture`][]."""
-        style_ = {"description_width": "9em"}
-        layout = ipw.Layout(width="100%", max_width="36em")
-
-        def slider(value: float, low: float, high: float, name: str) -> ipw.FloatSlider:
-            return ipw.FloatSlider(
-                value, min=low, max=high, step=0.05, description=name, style=style_, layout=layout
-            )
-
-        self.bias = slider(bias, -1.0, 1.0, "bias (sd)")
-        self.width = slider(width, 0.5, 2.0, "stated sd / exact")
-        self.correlation = slider(correlation, -0.95, 0.95, "stated correlation")
-        self.controls = [self.bias, self.width, self.correlation]
-        self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="46em"))
-        self.words = ipw.HTML()
-        for control in self.controls:
-            control.observe(self._redraw, names="value")
-        self._redraw()
-        super().__init__([*self.controls, self.image, self.words])
+        super().__init__(
+            kind="faults",
+            title="Faults and what shows them",
+            bias=bias,
+            width=width,
+            correlation=correlation,
+        )
 
     def picture(self) -> FaultPicture:
-        """The histograms where the sliders stand now."""
-        return fault_picture(self.bias.value, self.width.value, self.correlation.value)
+        """The histograms where the sliders stand now, computed by numpy."""
+        return fault_picture(self.bias, self.width, self.correlation)
 
-    def _redraw(self, change: Any = None) -> None:
+    def still(self) -> tuple[Figure, str]:
+        """Both histograms, drawn by matplotlib."""
         picture = self.picture()
-        data = io.BytesIO()
-        draw_faults(picture).savefig(data, format="png")
-        self.image.value = data.getvalue()
-        self.words.value = f'<span role="status">{picture.words()}</span>'
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        # Beside the live view, the picture as it stands: what a page without a kernel can show.
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = dict(bundle[0] if isinstance(bundle, tuple) else bundle)
-        data["image/png"] = base64.b64encode(self.image.value).decode("ascii")
-        return data
+        return draw_faults(picture), picture.words()
 
 
 def fault_explorer(**first: float) -> FaultExplorer:

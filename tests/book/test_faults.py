@@ -1,16 +1,24 @@
 """The fault explorer at the ends of its sliders, its shapes, and the drawings of the gates."""
 
-import base64
 import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from _kit import style
-from _kit.faults import BINS, EVENTS, FaultExplorer, fault_explorer, fault_picture, shape_of
+from _kit.faults import (
+    BINS,
+    CRITICAL,
+    EVENTS,
+    LEVELS,
+    FaultExplorer,
+    fault_explorer,
+    fault_picture,
+    shape_of,
+)
 from _kit.gates_figures import binomial_band, coverage_curves, event_statistics, rank_histograms
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from _kit.noise import normals
+from scipy import stats
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +46,48 @@ def test_each_fault_has_its_shape(fault, component: str, energy: str | None) -> 
     assert picture.component.sum() == picture.energy.sum() == EVENTS
 
 
-def test_every_slider_at_both_ends_gives_a_picture(explorer: FaultExplorer) -> None:
-    for values in itertools.product(*((c.min, c.max) for c in explorer.controls)):
-        for control, value in zip(explorer.controls, values, strict=True):
-            control.value = value
+def test_at_both_ends_of_every_slider_there_is_a_picture(explorer: FaultExplorer) -> None:
+    for bias, width, correlation in itertools.product((-1, 1), (0.5, 2), (-0.95, 0.95)):
+        explorer.bias, explorer.width, explorer.correlation = bias, width, correlation
         picture = explorer.picture()
         assert picture.component.shape == picture.energy.shape == (BINS,)
-        assert bytes(explorer.image.value).startswith(PNG)
-        assert picture.shape in explorer.words.value
+        assert picture.shape in picture.words()
+        assert not picture.passed
+        assert np.all(np.diff(picture.coverage) >= 0)
 
 
-def test_the_display_carries_a_picture_and_leaves_no_figure_open(explorer: FaultExplorer) -> None:
+def test_the_gate_of_the_page_is_that_of_the_package() -> None:
+    """The sum of squares with nine degrees of freedom, one of two statistics at 1%."""
+    assert abs(stats.chi2.isf(0.01 / 2, BINS - 1) - CRITICAL) < 1e-3
+    assert fault_picture(0.0, 1.0, 0.7).passed
+    assert not fault_picture(0.0, 1.0, 0.0).passed
+
+
+def test_coverage_is_the_share_of_truths_within() -> None:
+    """Of a normal head with the wrong width: 2 Phi(w z) - 1, to 4 standard errors and the steps
+    of 99 draws."""
+    levels = LEVELS[1:-1]
+    z = stats.norm.ppf(0.5 + levels / 2)
+    for width in (0.6, 1.0, 1.5):
+        expected = 2 * stats.norm.cdf(width * z) - 1
+        seen = fault_picture(0.0, width, 0.7).coverage[1:-1]
+        error = 4 * np.sqrt(expected * (1 - expected) / EVENTS) + 0.02
+        assert np.all(np.abs(seen - expected) < error)
+
+
+def test_the_noise_is_standard_normal() -> None:
+    """Kolmogorov and Smirnov's test at 1 in 1,000, and neighbours that do not know each other."""
+    z = normals(3, 20_001)
+    assert z.size == 20_001
+    assert stats.kstest(z, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 4 / np.sqrt(z.size)
+    assert not np.array_equal(z, normals(4, z.size))
+
+
+def test_the_display_leaves_no_figure_open(explorer: FaultExplorer) -> None:
     before = plt.get_fignums()
-    image = explorer.image.value
-    explorer.width.value = 1.23
-    assert explorer.image.value != image
+    assert "data:image/png" in explorer.to_html()
     assert plt.get_fignums() == before
-    bundle = explorer._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert base64.b64decode(bundle["image/png"]) == explorer.image.value
-    assert all(control.description for control in explorer.controls)
 
 
 def test_uneven_counts_are_not_called_flat() -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from _kit.break_even import BreakEven, break_even
 from _kit.bundle import JS, BundleError, bundle, page_script
+from _kit.faults import FaultExplorer, fault_explorer
 from _kit.heads import load_ou_head
 from _kit.live import LiveWidget
 from _kit.widgets import GapExplorer, gap_explorer
@@ -36,6 +38,8 @@ def two_heads() -> GapExplorer:
 
 
 EXAMPLES: dict[str, Callable[[], LiveWidget]] = {
+    "break even": lambda: break_even(solver=4e-3, head=2e-6, training=60.0),
+    "faults": lambda: fault_explorer(width=0.7),
     "gap": lambda: gap_explorer(*load_ou_head()),
     "gap, two heads": two_heads,
 }
@@ -76,6 +80,11 @@ EVERYWHERE = """async () => {
   return {wrong, words: words.size, controls: inputs.length,
           alerts: [...document.querySelectorAll('[role=alert]')].map((alert) => alert.textContent)};
 }"""
+
+
+PUT = """(values) => { for (const [name, value] of Object.entries(values)) {
+  const input = document.querySelector(`[data-name=${name}]`);
+  input.value = value; input.dispatchEvent(new Event('input')); } }"""
 
 
 class Shelf:
@@ -261,9 +270,6 @@ def test_the_page_says_what_amortlib_says(tab: Any, shelf: Shelf) -> None:
     assert isinstance(widget, GapExplorer)
     opened(tab, shelf.address("gap"))
     rng = np.random.default_rng(0)
-    put = """(values) => { for (const [name, value] of Object.entries(values)) {
-      const input = document.querySelector(`[data-name=${name}]`);
-      input.value = value; input.dispatchEvent(new Event('input')); } }"""
     for _ in range(40):
         at = {
             "start": int(rng.integers(32)),
@@ -271,7 +277,7 @@ def test_the_page_says_what_amortlib_says(tab: Any, shelf: Shelf) -> None:
             "event": int(rng.integers(20)),
             "noise": round(0.05 * int(rng.integers(2, 21)), 2),
         }
-        tab.evaluate(put, at)
+        tab.evaluate(PUT, at)
         for name, position in at.items():
             setattr(widget, name, position)
         said, expected = tab.inner_text(".live-words"), widget.picture().words()
@@ -280,6 +286,53 @@ def test_the_page_says_what_amortlib_says(tab: Any, shelf: Shelf) -> None:
         numbers = [[float(n) for n in re.findall(number, text)] for text in (said, expected)]
         np.testing.assert_allclose(*numbers, atol=0.0101)
         assert abs(numbers[0][-1] - numbers[1][-1]) <= 2.1e-4
+
+
+# --- the others ---
+
+
+def test_ranks_on_the_page_are_those_of_numpy(tab: Any, shelf: Shelf) -> None:
+    """The same noise on both sides: the same histograms in the same words."""
+    widget = shelf.widget("faults")
+    assert isinstance(widget, FaultExplorer)
+    opened(tab, shelf.address("faults"))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        at = {
+            "bias": round(0.05 * int(rng.integers(-20, 21)), 2),
+            "width": round(0.05 * int(rng.integers(10, 41)), 2),
+            "correlation": round(0.05 * int(rng.integers(-19, 20)), 2),
+        }
+        tab.evaluate(PUT, at)
+        for name, position in at.items():
+            setattr(widget, name, position)
+        assert tab.inner_text(".live-words") == widget.picture().words()
+
+
+def test_the_lines_cross_where_the_formula_says(tab: Any, shelf: Shelf) -> None:
+    widget = shelf.widget("break even")
+    assert isinstance(widget, BreakEven)
+    opened(tab, shelf.address("break even"))
+    for at in (
+        {"training": 1.8, "solver": -2.4, "head": -5.0, "share": 0.0},
+        {"training": 3.0, "solver": 2.0, "head": -4.0, "share": 0.25},
+        {"training": 3.0, "solver": -4.0, "head": -3.0, "share": 0.0},
+    ):
+        tab.evaluate(PUT, at)
+        for name, position in at.items():
+            setattr(widget, name, position)
+        even = widget.break_even()
+        words = "never pays" if np.isinf(even) else f"from {np.ceil(even):,.0f} events on"
+        assert words in tab.inner_text(".live-words")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [({"solver": 0.0}, "1e-5 <= solver"), ({"training": 1e9}, "training <= 1e6")],
+)
+def test_costs_beyond_the_sliders_are_refused(bad: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        break_even(**({"solver": 1e-3, "head": 1e-6, "training": 10.0} | bad))
 
 
 # --- what cannot be shown is said ---

@@ -6,10 +6,12 @@
  * anywidget's does: `get`, `set`, `save_changes`, `on`. Setting a value draws at once, whoever sets it.
  */
 
+import { breakEven } from "./live/break_even.mjs";
+import { faults } from "./live/faults.mjs";
 import { gapExplorer } from "./live/gap.mjs";
 import { Stage } from "./stage.mjs";
 
-const WIDGETS = { gap: gapExplorer };
+const WIDGETS = { "break-even": breakEven, faults, gap: gapExplorer };
 
 /** What anywidget calls: put the model's widget into `el`. Returns what takes it down again. */
 export function render({ model, el }) {

@@ -188,17 +188,23 @@ export class Stage {
     this.root.replaceChildren(html("p", { class: "live-error", role: "alert" }, `This widget cannot start: ${error.message}`));
   }
 
-  /** Note how long an answer took, from the input to after the frame that shows it, when asked to. */
+  /**
+   * Note how long an answer took, when asked to: `live-draw`, the numbers and the marks, and
+   * `live-paint`, that and the browser's work on the frame that shows them. The wait for the screen's
+   * next refresh in between is not counted: `detail.refresh` has it.
+   */
   timed(act) {
     if (!globalThis.liveMeasure) return act();
     const start = performance.now();
     act();
     const drawn = performance.now();
     requestAnimationFrame(() => {
+      const frame = performance.now();
       const { port1, port2 } = new MessageChannel();
       port1.onmessage = () => {
+        const painted = performance.now() - frame;
         performance.measure("live-draw", { start, end: drawn });
-        performance.measure("live-paint", { start, end: performance.now() });
+        performance.measure("live-paint", { start, end: drawn + painted, detail: { refresh: frame - drawn } });
         port1.close();
       };
       port2.postMessage(null);
