@@ -18,8 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import numpy as np
 
+from amortlib.observation import Select
+from amortlib.problems import lorenz63
 from benchmarks.report import Bar, arguments, finish, table
 from tools.browser import ARGUMENTS, find_browser
 
@@ -57,9 +60,14 @@ def examples() -> dict[str, Any]:
     from _kit.break_even import break_even
     from _kit.faults import fault_explorer
     from _kit.heads import load_ou_head
+    from _kit.landscape import energy_landscape
     from _kit.widgets import gap_explorer
+    from _kit.windows import FixedSteps
 
+    window = lorenz63(noise=2.0, substeps=2, operator=Select((0, 1)))
+    window = eqx.tree_at(lambda p: p.forward, window, FixedSteps.like(window.forward))
     return {
+        "energy landscape": energy_landscape(window, length=8, event=1),
         "gap explorer": gap_explorer(*load_ou_head()),
         "faults": fault_explorer(width=0.7),
         "break-even": break_even(solver=4e-3, head=2e-6, training=60.0),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import equinox as eqx
-import ipywidgets as ipw
 import jax
 import jax.numpy as jnp
 import numpy as np
+import traitlets
+from matplotlib.figure import Figure
 
 from _kit.figures import LandscapePicture, draw_landscape
+from _kit.live import LiveWidget
+from _kit.packing import pack, window_settings
 from amortlib.energy import Energy
 from amortlib.observation import gap
 from amortlib.problems import InverseProblem
@@ -39,7 +40,7 @@ def _survey(
     seen = Event(drawn.y, jnp.broadcast_to(at_times[:, None], drawn.y.shape), drawn.sd)
 
     # Starts are the same for every gap, so that what a slider changes is the gap alone.
-    v = jax.random.normal(jax.random.key(0), (_STARTS, prior.loc.size)).at[0].set(0.0)
+    v = _starts(prior.loc.size)
     solver = IncrementalFourDVar(energy, tolerance=1e-5)
     found = jax.vmap(lambda v: solver(seen, throw=False, start=prior.colour(v)))(v)
     values = jnp.where(found.converged, found.energy, jnp.inf)
@@ -169,61 +170,94 @@ def landscape_picture(
     )
 
 
-class EnergyLandscape(ipw.VBox):
-    """Sliders for the gap's start and length and the event; a picture of J, and its words.
+class EnergyLandscape(LiveWidget):
+    """The gap and the event by sliders, or by dragging; a picture of J, and its words.
 
-    Where a kernel runs, moving a slider searches for the minima anew. In the rendered book, which
-    has none, the display is the picture for the settings it was made with.
+    The page searches, differentiates and samples by itself.
+
+    Attributes:
+        start: first missing time.
+        length: how many times are missing.
+        event: which pair of the simulator, of 20.
+        problem: as it was given.
     """
+
+    start = traitlets.Int(0).tag(sync=True)
+    length = traitlets.Int(6).tag(sync=True)
+    event = traitlets.Int(0).tag(sync=True)
+    events = traitlets.Int(_EVENTS).tag(sync=True)
+    window = traitlets.Dict().tag(sync=True)
+    data = traitlets.Bytes().tag(sync=True)
+    components = traitlets.List(traitlets.Int(), [0, 2]).tag(sync=True)
+    names = traitlets.List(traitlets.Unicode(), ["x", "z"]).tag(sync=True)
 
     def __init__(self, problem: InverseProblem, *, start: int = 0, length: int = 6, event: int = 0):
         """Set the first position of the sliders.
 
         Args:
-            problem: see [`landscape_picture`][].
+            problem: see [`landscape_picture`][]; its forward model is a
+                [`FixedSteps`][_kit.windows.FixedSteps] of Lorenz-63.
             start: first missing time.
             length: how many times are missing.
             event: which pair of the simulator.
-        """
-        self.problem = problem
-        n = _observed(problem)[0]
-        look = {
-            "style": {"description_width": "7em"},
-            "layout": ipw.Layout(width="100%", max_width="36em"),
-        }
-        self.start = ipw.IntSlider(start, 0, n - 1, description="gap start", **look)
-        self.length = ipw.IntSlider(length, 0, n, description="gap length", **look)
-        self.event = ipw.IntSlider(event, 0, _EVENTS - 1, description="event", **look)
-        self.controls = [self.start, self.length, self.event]
-        self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="46em"))
-        self.words = ipw.HTML()
-        for control in self.controls:
-            control.observe(self._redraw, names="value")
-        self._redraw()
-        super().__init__([*self.controls, self.image, self.words])
 
-    def picture(self) -> LandscapePicture:
-        """The landscape where the sliders stand now."""
-        return landscape_picture(
-            self.problem,
-            start=self.start.value,
-            length=self.length.value,
-            event=self.event.value,
+        Raises:
+            ValueError: on a problem that the page cannot compute.
+        """
+        if problem.prior is None:
+            raise ValueError("expected a problem with its prior: J needs it")
+        self.problem = problem
+        with jax.enable_x64(True):
+            precise = to_double(problem)
+            settings, sd = packed_events(precise)
+        super().__init__(
+            kind="landscape",
+            title="Energy landscape",
+            start=start,
+            length=length,
+            event=event,
+            window=settings,
+            data=sd,
         )
 
-    def _redraw(self, change: Any = None) -> None:
-        picture = self.picture()
-        data = io.BytesIO()
-        draw_landscape(picture).savefig(data, format="png")
-        self.image.value = data.getvalue()
-        self.words.value = f'<span role="status">{picture.words()}</span>'
+    def picture(self) -> LandscapePicture:
+        """The landscape where the sliders stand, computed by amortlib."""
+        return landscape_picture(
+            self.problem, start=self.start, length=self.length, event=self.event
+        )
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        # Beside the live view, the picture as it stands: what a page without a kernel can show.
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = dict(bundle[0] if isinstance(bundle, tuple) else bundle)
-        data["image/png"] = base64.b64encode(self.image.value).decode("ascii")
-        return data
+    def still(self) -> tuple[Figure, str]:
+        """The landscape, drawn by matplotlib."""
+        picture = self.picture()
+        return draw_landscape(picture), picture.words()
+
+
+def _starts(dim: int) -> jax.Array:
+    """Where searches start, in control variables: the background and draws of it."""
+    return jax.random.normal(jax.random.key(0), (_STARTS, dim)).at[0].set(0.0)
+
+
+def packed_events(problem: InverseProblem, events: int = _EVENTS) -> tuple[dict[str, Any], bytes]:
+    """A window for `js/lorenz.mjs`: its settings, and its background, events and starts.
+
+    Args:
+        problem: in double precision, within `jax.enable_x64`.
+        events: how many pairs of the simulator, of the keys 0, 1, ...
+    """
+    simulate = jax.jit(lambda i: problem.simulate(jax.random.key(i)))
+    pairs = [simulate(i) for i in range(events)]
+    sd = np.unique(np.asarray(problem.obs_noise.sd))
+    if sd.size != 1:
+        raise ValueError(f"expected one noise for all observations, got {sd.size}")
+    prior = problem.prior
+    data = {
+        "loc": prior.loc,
+        "chol": prior.chol,
+        "truth": jnp.stack([truth for truth, _ in pairs]),
+        "y": jnp.stack([event.y for _, event in pairs]),
+        "starts": _starts(prior.loc.size),
+    }
+    return window_settings(problem) | {"noise": float(sd[0])}, pack(data)
 
 
 def energy_landscape(problem: InverseProblem, **first: int) -> EnergyLandscape:

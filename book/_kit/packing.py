@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 from paramax import unwrap
 
+from _kit.windows import FixedSteps
+from amortlib.dynamics import Lorenz63
 from amortlib.encoders import FlatEncoder, ScaledEncoder, SiteEncoder
 from amortlib.export import save
 from amortlib.heads import FlowHead, MixtureHead, ScoreHead
 from amortlib.heads.flow import SPLINE_INTERVAL
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
 from amortlib.heads.score import EDM
+from amortlib.observation import Select
 from amortlib.posterior import AmortizedPosterior
+from amortlib.problems import InverseProblem, SignLost
 
 _HEADS = {InformationHead: "information", CholeskyHead: "cholesky", DiagonalHead: "diagonal"}
 _ACTIVATIONS = {
@@ -72,6 +76,32 @@ def pack_posterior(posterior: AmortizedPosterior) -> bytes:
         "eps": float(jnp.finfo(weight.dtype).eps),
     }
     return pack(eqx.filter(posterior, eqx.is_array), settings)
+
+
+def window_settings(problem: InverseProblem) -> dict[str, Any]:
+    """What `js/lorenz.mjs` has to know of a window of Lorenz-63 in plain Runge-Kutta steps.
+
+    Raises:
+        ValueError: on another forward model or operator.
+    """
+    window = problem.forward
+    if not isinstance(window, FixedSteps) or not isinstance(window.dynamics, Lorenz63):
+        raise ValueError(f"expected FixedSteps of Lorenz63, got {type(window).__name__}")
+    sees = window.operator
+    if isinstance(sees, Select):
+        seen = {"components": list(sees.components), "stride": sees.stride}
+    elif isinstance(sees, SignLost):
+        seen = {"unit": sees.unit, "stride": sees.stride}
+    else:
+        raise ValueError(f"expected Select or SignLost, got {type(sees).__name__}")
+    model = window.dynamics
+    return {
+        "parameters": [float(model.sigma), float(model.rho), float(model.beta)],
+        "dt": float(window.dt),
+        "states": window.states,
+        "substeps": window.substeps,
+        "sees": seen,
+    }
 
 
 def _encoder(posterior: AmortizedPosterior) -> tuple[dict[str, Any], str]:

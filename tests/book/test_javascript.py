@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _kit.heads import OU_NOISE, load_bimodal, load_ou_head
-from _kit.packing import pack, pack_flow, pack_posterior, pack_score
+from _kit.packing import pack, pack_flow, pack_posterior, pack_score, window_settings
+from _kit.windows import FixedSteps
 
 from amortlib import export
 from amortlib.encoders import FlatEncoder, ScaledEncoder, SiteEncoder
+from amortlib.energy import Energy
 from amortlib.gaussian import Gaussian, GaussMarkov, condition, kl
 from amortlib.heads import InformationHead
 from amortlib.heads.score import ScoreDistribution
+from amortlib.observation import Select
 from amortlib.posterior import AmortizedPosterior, flow_posterior, regression_posterior
-from amortlib.problems import lorenz63_sign_lost, ornstein_uhlenbeck
+from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost, ornstein_uhlenbeck
+from amortlib.refine import refine
 from amortlib.types import Event, Fixed, to_double
 from tools.node import find_node
 
@@ -314,6 +318,65 @@ def test_flows_and_scores_give_the_same_in_double_precision(tmp_path: Path, name
     assert {"log_weight", "sample"} <= set(worst)
     # flowjax holds the parameter of a slope of one in single precision, off by 3e-8 of it.
     assert max(worst.values()) <= 1e-6, worst
+
+
+WINDOWS: dict[str, Callable[[], InverseProblem]] = {
+    "x and y": lambda: lorenz63(states=7, substeps=2, operator=Select((0, 1))),
+    "z at every third": lambda: lorenz63(states=7, substeps=3, operator=Select((2,), stride=3)),
+    "sign lost": lambda: lorenz63_sign_lost(),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_energy_of_a_window_and_its_derivatives(tmp_path: Path, name: str) -> None:
+    """J, its slope and both Hessians at random controls, and where three damped steps lead."""
+    with jax.enable_x64(True):
+        problem = to_double(WINDOWS[name]())
+        problem = eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+        energy = Energy(problem.prior, problem.forward)
+
+        @jax.jit
+        def one(key):
+            k_pair, k_v = jax.random.split(key)
+            _, event = problem.simulate(k_pair)
+            v = jax.random.normal(k_v, (3,))
+            cost = lambda v: energy(energy.prior.colour(v), event)  # noqa: E731
+            jacobian = jax.jacobian(lambda v: energy.residual(v, event))(v)
+            return {
+                "y": event.y,
+                "mask": event.mask,
+                "sd": jnp.broadcast_to(problem.obs_noise.sd, event.y.shape),
+                "v": v,
+                "path": problem.forward(energy.prior.colour(v)),
+                "cost": cost(v)[None],
+                "slope": jax.grad(cost)(v),
+                "gauss": jacobian.T @ jacobian,
+                "hessian": jax.hessian(cost)(v),
+                "refined": refine(energy, v, event, steps=3),
+            }
+
+        found = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *[one(key) for key in jax.random.split(jax.random.key(12), 50)],
+        )
+        settings = window_settings(problem)
+        loc, chol = problem.prior.loc, problem.prior.chol
+    (tmp_path / "settings").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "vectors").write_bytes(pack(found | {"loc": loc, "chol": chol}))
+    script = SCRIPTS / "run_window.mjs"
+    worst = json.loads(node(script, tmp_path / "settings", tmp_path / "vectors"))
+    print(name, worst)
+    assert worst.pop("events") == 50
+    # By central differences: their error is of the square of a ten-thousandth.
+    assert worst.pop("hessian") <= 1e-5
+    # Three steps of a chaotic search enlarge rounding.
+    assert worst.pop("refined") <= 1e-6
+    assert max(worst.values()) <= 1e-9, worst
+
+
+def test_a_window_that_the_pages_do_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected FixedSteps of Lorenz63, got Window"):
+        window_settings(lorenz63())
 
 
 def test_a_file_of_another_head_is_refused(tmp_path: Path) -> None:

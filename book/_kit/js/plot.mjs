@@ -30,12 +30,12 @@ export function ticks(from, to, count = 5) {
 /** One panel. Ranges are `{ label, from, to }`; `log: true` for powers of ten. */
 export class Plot {
   /**
-   * `label`: what the panel shows, for whoever does not see it. `colours`: of marks by role.
+   * `label`: what the panel shows, for whoever does not see it. `wide`: never beside another.
    */
-  constructor({ label, x, y, height = 300, left = 52, right = 12, top = 10, bottom = 44, xTicks, yTicks }) {
+  constructor({ label, x, y, height = 300, left = 52, right = 12, top = 10, bottom = 44, wide = false, xTicks, yTicks }) {
     this.x = { ...x };
     this.y = { ...y };
-    Object.assign(this, { height, left, right, top, bottom, xTicks, yTicks });
+    Object.assign(this, { height, left, right, top, bottom, wide, xTicks, yTicks });
     this.width = 0;
     this.root = svg("svg", { class: "live-plot", height, "aria-hidden": "false" });
     this.picture = svg("g", { role: "img", "aria-label": label }, this.root);

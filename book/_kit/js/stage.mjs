@@ -4,6 +4,9 @@ import { Plot, svg } from "./plot.mjs";
 
 let count = 0;
 
+/** Milliseconds of work in a frame for what is drawn little by little. */
+const SLICE = 4;
+
 /** Milliseconds of rest before a screen reader is told what the picture shows now. */
 const REST = 500;
 
@@ -160,18 +163,33 @@ export class Stage {
   fit() {
     const room = this.panels.clientWidth;
     if (!room) return false;
-    const beside = this.plots.length > 1 && room >= 560 ? 2 : 1;
-    const width = (room - (beside - 1) * 8) / beside;
-    return this.plots.map((plot) => plot.resize(width)).some(Boolean);
+    const narrow = this.plots.filter((plot) => !plot.wide).length;
+    const half = narrow > 1 && room >= 560 ? (room - 8) / 2 : room;
+    return this.plots.map((plot) => plot.resize(plot.wide ? room : half)).some(Boolean);
   }
 
   redraw() {
     if (!this.draw || !this.plots.every((plot) => plot.width)) return;
+    cancelAnimationFrame(this.job);
     try {
       this.say(this.draw());
     } catch (error) {
       this.fail(error);
     }
+  }
+
+  /**
+   * Work that is too long for a move: `work(until)` goes on until that time and returns whether it is
+   * done, a few milliseconds a frame, and is dropped at the next redraw. `shown` draws what there is:
+   * after each slice, or at the end alone where the reader wants no motion.
+   */
+  later(work, shown) {
+    const slice = () => {
+      const done = work(performance.now() + SLICE);
+      if (done || !this.calm) shown(done);
+      if (!done) this.job = requestAnimationFrame(slice);
+    };
+    this.job = requestAnimationFrame(slice);
   }
 
   /** Words under the picture; a screen reader hears them when the hand rests. */
@@ -212,9 +230,9 @@ export class Stage {
   }
 
   end() {
+    cancelAnimationFrame(this.job);
     clearTimeout(this.resting);
     this.observer?.disconnect();
     for (const [event, listener] of this.listening) this.model.off(event, listener);
-    this.onEnd?.();
   }
 }

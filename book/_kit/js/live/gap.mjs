@@ -3,6 +3,7 @@
 import { kl } from "../gaussian.mjs";
 import { exactPosterior, gap, loadPosterior, priorOf } from "../posterior.mjs";
 import { readWeights } from "../weights.mjs";
+import { gapControls, gapHandles } from "./gap_handles.mjs";
 
 const Z = 1.96;
 
@@ -47,8 +48,7 @@ export function gapExplorer(stage) {
   const t = Array.from({ length: n }, (_, i) => i);
   const fixed = (digits) => (value) => value.toFixed(digits);
 
-  stage.slider({ name: "start", label: "gap start", min: 0, max: n - 1 });
-  stage.slider({ name: "length", label: "gap length", min: 0, max: n });
+  gapControls(stage, n);
   const [low, high] = stage.get("noise_range");
   if (low < high) stage.slider({ name: "noise", label: "noise sd", min: low, max: high, step: 0.05, said: fixed(2) });
   stage.slider({ name: "event", label: "event", min: 0, max: stage.get("events") - 1 });
@@ -72,49 +72,7 @@ export function gapExplorer(stage) {
     ]);
   stage.follow("overlay", legend);
 
-  // The gap as the picture shows it, cut at the end of the record.
-  const start = () => stage.get("start");
-  const end = () => Math.min(start() + stage.get("length"), n);
-  const body = { y: plot.top, height: plot.plotHeight };
-  const across = (from, to) => (made) => {
-    const [a, b] = [plot.px(from() - 0.5), plot.px(to() - 0.5)];
-    made.setAttribute("x", a);
-    made.setAttribute("width", Math.max(b - a, 0));
-  };
-  const around = (where) => (made) => made.setAttribute("x", plot.px(where() - 0.5) - 14);
-  const edge = { y: plot.top, height: plot.plotHeight, width: 28 };
-  const place = [
-    stage.handle(plot, {
-      label: "the gap",
-      min: () => 0,
-      max: () => n - 1,
-      get: start,
-      put: (value) => stage.set({ start: value }),
-      place: across(start, end),
-      attributes: { ...body, "data-handle": "body", class: "live-handle live-body" },
-      said: (value) => `starts at ${value}`,
-    }),
-    stage.handle(plot, {
-      label: "left edge of the gap",
-      min: () => 0,
-      max: () => Math.min(end(), n - 1),
-      get: start,
-      put: (value) => stage.set({ start: value, length: end() - value }),
-      place: around(start),
-      attributes: { ...edge, "data-handle": "left" },
-      said: (value) => `starts at ${value}`,
-    }),
-    stage.handle(plot, {
-      label: "right edge of the gap",
-      min: start,
-      max: () => n,
-      get: end,
-      put: (value) => stage.set({ length: value - start() }),
-      place: around(end),
-      attributes: { ...edge, "data-handle": "right" },
-      said: (value) => `ends before ${value}`,
-    }),
-  ];
+  const place = gapHandles(stage, plot, n);
 
   stage.watch("start", "length", "noise", "event", "head", "overlay");
   return () => {
@@ -122,7 +80,7 @@ export function gapExplorer(stage) {
     const found = numbers.answer(at);
     const side = ({ mean, sd }, z) => mean.map((m, i) => m + z * sd[i]);
     const { truth, y, mask, exact, head } = found;
-    plot.shade("gap", start() - 0.5, end() - 0.5, roles.gap);
+    place();
     plot.band("head", t, side(head, -Z), side(head, Z), { color: roles.amortized });
     plot.line("head mean", t, head.mean, { color: roles.amortized });
     plot.line("exact", t, exact.mean, { color: roles.exact, dash: "5 3" });
@@ -133,7 +91,6 @@ export function gapExplorer(stage) {
     const { mean = [], sd = [] } = overlay();
     plot.band("more", t.slice(0, mean.length), side({ mean, sd }, -Z), side({ mean, sd }, Z), { color: roles.prior });
     plot.line("more mean", t.slice(0, mean.length), mean, { color: roles.prior });
-    place.forEach((put) => put());
     return gapWords(found);
   };
 }

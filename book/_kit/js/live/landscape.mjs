@@ -1,0 +1,221 @@
+/** The energy landscape: the minima of J for a gappy window, and the posterior beside them. */
+
+import { WindowEnergy, bowl, lorenzWindow, sampler, squaredIn } from "../lorenz.mjs";
+import { normals, uniforms } from "../noise.mjs";
+import { gap } from "../posterior.mjs";
+import { readWeights } from "../weights.mjs";
+import { gapControls, gapHandles } from "./gap_handles.mjs";
+
+/** Nats: a minimum higher than this above the lowest is no rival. */
+const RIVAL = 20;
+const CHI2_95 = 7.8147;
+const CHI2_95_PLANE = 5.9915;
+const DRAWS = 2500;
+const DOTS = 300;
+
+/** What is drawn, from the packed window, its events and the starts of the searches. */
+export function landscapeNumbers(settings, bytes) {
+  const { tensors } = readWeights(bytes);
+  const window = lorenzWindow(settings);
+  const prior = { loc: tensors["['loc']"].data, chol: tensors["['chol']"].data };
+  const row = (name, i, size) => tensors[`['${name}']`].data.subarray(i * size, (i + 1) * size);
+  const starts = Array.from({ length: tensors["['starts']"].shape[0] }, (_, i) => row("starts", i, 3));
+  const { times, width } = window;
+  return {
+    times,
+    window,
+    prior,
+    starts,
+    truth: (event) => row("truth", event, 3),
+    y: (event) => row("y", event, times * width),
+    energy({ start, length, event }) {
+      const seen = gap(times, start, length);
+      const mask = Array.from({ length: times * width }, (_, i) => seen[Math.floor(i / width)]);
+      const sd = new Float64Array(times * width).fill(settings.noise);
+      return new WindowEnergy(window, prior, { y: row("y", event, times * width), mask, sd });
+    },
+    /** Minima within reach of the lowest, with their curvature. */
+    survey(energy) {
+      const found = energy.minima(starts);
+      return found
+        .filter(({ cost }) => cost <= found[0].cost + RIVAL)
+        .map(({ v, cost }) => ({ cost, v, ...bowlOf(energy, v) }));
+    },
+  };
+}
+
+/** Curvature at a minimum: the full Hessian, or the Gauss-Newton one where that bends down. */
+function bowlOf(energy, v) {
+  return bowl(v, energy.hessian(v)) ?? bowl(v, energy.look(v).gauss);
+}
+
+/** Covariance of a bowl in two components of the state. */
+function planeCovariance({ low }, chol, [i, j]) {
+  // Columns of B^{1/2} L^{-T}: a root of the covariance.
+  const inverse = [0, 1, 2].map((k) => {
+    const z = [0, 0, 0];
+    z[k] = 1;
+    for (let r = 2; r >= 0; r--) {
+      for (let c = r + 1; c < 3; c++) z[r] -= low[c * 3 + r] * z[c];
+      z[r] /= low[r * 4];
+    }
+    return z;
+  });
+  const at = (r, k) => chol[r * 3] * inverse[k][0] + chol[r * 3 + 1] * inverse[k][1] + chol[r * 3 + 2] * inverse[k][2];
+  const sum = (a, b) => [0, 1, 2].reduce((total, k) => total + at(a, k) * at(b, k), 0);
+  return [sum(i, i), sum(i, j), sum(j, j)];
+}
+
+/** The ellipse that holds 95% of a Gaussian in the plane. */
+export function ellipse([cx, cy], [xx, xy, yy]) {
+  const a = Math.sqrt(xx * CHI2_95_PLANE);
+  const b = (xy / xx) * a;
+  const c = Math.sqrt(Math.max(yy - xy ** 2 / xx, 0) * CHI2_95_PLANE);
+  const angles = Array.from({ length: 49 }, (_, i) => (i * Math.PI) / 24);
+  return [angles.map((t) => cx + a * Math.cos(t)), angles.map((t) => cy + b * Math.cos(t) + c * Math.sin(t))];
+}
+
+/** The direction in which J is weakest, one standard deviation long: inverse iteration. */
+function weakest({ low }) {
+  let z = [1, 0.7, 0.4];
+  for (let n = 0; n < 60; n++) {
+    for (let r = 0; r < 3; r++) {
+      for (let c = 0; c < r; c++) z[r] -= low[r * 3 + c] * z[c];
+      z[r] /= low[r * 4];
+    }
+    for (let r = 2; r >= 0; r--) {
+      for (let c = r + 1; c < 3; c++) z[r] -= low[c * 3 + r] * z[c];
+      z[r] /= low[r * 4];
+    }
+    const size = Math.hypot(...z);
+    z = z.map((x) => x / size);
+  }
+  const image = [0, 1, 2].map((c) => z.reduce((sum, x, r) => sum + (r >= c ? low[r * 3 + c] * x : 0), 0));
+  const largest = z.reduce((best, x) => (Math.abs(x) > Math.abs(best) ? x : best), 0);
+  return z.map((x) => (x * Math.sign(largest)) / Math.hypot(...image));
+}
+
+/** The picture in words; the same as `LandscapePicture.words`, the last sentence once it is known. */
+export function landscapeWords({ times, missing, bowls, inside }) {
+  const found =
+    bowls.length > 1
+      ? `J has ${bowls.length} minima within 20 nats, the second ${(bowls[1].cost - bowls[0].cost).toFixed(1)} nats above the lowest`
+      : "J has one minimum within 20 nats";
+  const last =
+    inside === undefined
+      ? ""
+      : " The region that Laplace's approximation at the lowest takes for 95% holds " +
+        `${(100 * inside).toFixed(0)}% of the posterior.`;
+  return `${missing} of ${times} times are missing; ${found}.${last}`;
+}
+
+export function landscape(stage) {
+  const roles = stage.get("roles");
+  const numbers = landscapeNumbers(stage.get("window"), stage.get("data"));
+  const { times, window, prior } = numbers;
+  const components = stage.get("components");
+  const [first, second] = stage.get("names");
+  gapControls(stage, times);
+  stage.slider({ name: "event", label: "event", min: 0, max: stage.get("events") - 1 });
+
+  const path = stage.plot({
+    label: `Forecasts of ${first} over the window from the lowest minima, beside the truth and the observations`,
+    x: { label: "time step", from: -0.5, to: times - 0.5 },
+    y: { label: `${first}(t)`, from: -24, to: 24 },
+    height: 210,
+    wide: true,
+  });
+  const line = stage.plot({
+    label: "J above its minimum, along the line from the lowest minimum to the second or along the weakest direction",
+    x: { label: "", from: -0.3, to: 1.3 },
+    y: { label: "J above its minimum", from: -0.4, to: 8 },
+    height: 260,
+  });
+  const [i, j] = components;
+  const spread = (k) => Math.sqrt([0, 1, 2].reduce((sum, c) => sum + prior.chol[k * 3 + c] ** 2, 0));
+  const plane = stage.plot({
+    label: `The plane of ${first} and ${second} at time 0: draws of the posterior, Laplace's ellipses, the background`,
+    x: { label: `${first} at time 0`, from: prior.loc[i] - 3 * spread(i), to: prior.loc[i] + 3 * spread(i) },
+    y: { label: `${second} at time 0`, from: prior.loc[j] - 3 * spread(j), to: prior.loc[j] + 3 * spread(j) },
+    height: 260,
+  });
+  stage.legend([
+    ["gap: drag it, or its edges", roles.gap, "box"],
+    ["truth", roles.truth, "line"],
+    ["observations", roles.truth, "dot"],
+    ["posterior", roles.exact, "dot"],
+    ["lowest minimum", roles.amortized, "line"],
+    ["second minimum", roles.obs, "line"],
+    ["background, 95%", roles.prior, "dash"],
+  ]);
+  const place = gapHandles(stage, path, times);
+  const noise = normals(5, 3 * DRAWS);
+  const t = Array.from({ length: times }, (_, k) => k);
+  const seenFirst = (clean) => t.map((k) => clean[k * window.width]);
+  const back = ellipse([prior.loc[i], prior.loc[j]], backCovariance(prior.chol, components));
+  const colours = [roles.amortized, roles.obs];
+
+  stage.watch("start", "length", "event");
+  return () => {
+    const at = { start: stage.get("start"), length: stage.get("length"), event: stage.get("event") };
+    const energy = numbers.energy(at);
+    const bowls = numbers.survey(energy);
+    const { mask, y } = energy.event;
+    const seen = t.map((k) => mask[k * window.width]);
+    const truth = numbers.truth(at.event);
+
+    place();
+    path.line("truth", t, seenFirst(window.path(truth)), { color: roles.truth, width: 1.2 });
+    path.dots("obs", t, t.map((k) => (seen[k] ? y[k * window.width] : NaN)), { color: roles.truth });
+    const two = bowls.slice(0, 2);
+    const states = two.map(({ v }) => energy.state(v));
+    for (const k of [0, 1]) {
+      const color = colours[k];
+      path.line(`path ${k}`, t, two[k] ? seenFirst(window.path(states[k])) : [], { color });
+      const [xs, ys] = two[k] ? ellipse([states[k][i], states[k][j]], planeCovariance(two[k], prior.chol, components)) : [[], []];
+      plane.line(`ellipse ${k}`, xs, ys, { color });
+      plane.dots(`mode ${k}`, two[k] ? [states[k][i]] : [], two[k] ? [states[k][j]] : [], { color, radius: 5 });
+    }
+    plane.line("background", ...back, { color: roles.prior, dash: "2 3" });
+    plane.dots("truth", [truth[i]], [truth[j]], { color: roles.truth, radius: 4 });
+
+    const many = two.length > 1;
+    const across = many ? two[1].v.map((x, k) => x - two[0].v[k]) : weakest(two[0]);
+    const [from, to] = many ? [-0.3, 1.3] : [-4, 4];
+    const steps = Array.from({ length: 161 }, (_, k) => from + ((to - from) * k) / 160);
+    const rise = many ? two[1].cost - two[0].cost : 0;
+    const top = many ? Math.max(8, 1.4 * rise) : 8;
+    line.range({ x: { from, to, label: many ? "from the lowest to the second minimum" : "sd, weakest direction" }, y: { from: -0.05 * top, to: top } });
+    const heights = steps.map((s) => energy.cost(two[0].v.map((x, k) => x + s * across[k])) - two[0].cost);
+    line.line("J", steps, heights.map((x) => Math.min(x, 10 * top)), { color: roles.exact });
+    line.dots("low", [0], [0], { color: roles.amortized, radius: 5 });
+    line.dots("next", [1], [many ? rise : NaN], { color: roles.obs, radius: 5 });
+
+    const draws = sampler(energy, bowls, noise);
+    const uniform = uniforms(6);
+    const missing = seen.filter((here) => !here).length;
+    stage.later(
+      (until) => {
+        let n = 0;
+        do n = draws.more(50, uniform);
+        while (n < DRAWS && performance.now() < until);
+        return n >= DRAWS;
+      },
+      (done) => {
+        const cloud = draws.resample(DOTS).map((v) => energy.state(v));
+        plane.dots("draws", cloud.map((x) => x[i]), cloud.map((x) => x[j]), { color: roles.exact, radius: 1.4, opacity: 0.6 });
+        if (!done) return;
+        const { draws: all, weights } = draws.weighted();
+        const inside = all.reduce((sum, { x }, k) => sum + (squaredIn(two[0], x) <= CHI2_95 ? weights[k] : 0), 0);
+        stage.say(landscapeWords({ times, missing, bowls, inside }));
+      },
+    );
+    return landscapeWords({ times, missing, bowls });
+  };
+}
+
+/** Of B, in two components. */
+function backCovariance(chol, [i, j]) {
+  const sum = (a, b) => [0, 1, 2].reduce((total, c) => total + chol[a * 3 + c] * chol[b * 3 + c], 0);
+  return [sum(i, i), sum(i, j), sum(j, j)];
+}
