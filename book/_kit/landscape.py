@@ -237,12 +237,16 @@ def _starts(dim: int) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (_STARTS, dim)).at[0].set(0.0)
 
 
-def packed_events(problem: InverseProblem, events: int = _EVENTS) -> tuple[dict[str, Any], bytes]:
+def packed_events(
+    problem: InverseProblem, events: int = _EVENTS, mirror: tuple[float, ...] | None = None
+) -> tuple[dict[str, Any], bytes]:
     """A window for `js/lorenz.mjs`: its settings, and its background, events and starts.
 
     Args:
         problem: in double precision, within `jax.enable_x64`.
         events: how many pairs of the simulator, of the keys 0, 1, ...
+        mirror: a symmetry of J, factors of the control variables: half of the starts are then
+            images of the others, so that no minimum is found without its image.
     """
     simulate = jax.jit(lambda i: problem.simulate(jax.random.key(i)))
     pairs = [simulate(i) for i in range(events)]
@@ -250,12 +254,16 @@ def packed_events(problem: InverseProblem, events: int = _EVENTS) -> tuple[dict[
     if sd.size != 1:
         raise ValueError(f"expected one noise for all observations, got {sd.size}")
     prior = problem.prior
+    starts = _starts(prior.loc.size)
+    if mirror is not None:
+        half = starts[: _STARTS // 2]
+        starts = jnp.concatenate([half, half * jnp.asarray(mirror)])
     data = {
         "loc": prior.loc,
         "chol": prior.chol,
         "truth": jnp.stack([truth for truth, _ in pairs]),
         "y": jnp.stack([event.y for _, event in pairs]),
-        "starts": _starts(prior.loc.size),
+        "starts": starts,
     }
     return window_settings(problem) | {"noise": float(sd[0])}, pack(data)
 

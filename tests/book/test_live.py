@@ -21,6 +21,7 @@ from _kit.break_even import BreakEven, break_even
 from _kit.bundle import JS, BundleError, bundle, page_script
 from _kit.faults import FaultExplorer, fault_explorer
 from _kit.heads import load_ou_head
+from _kit.holes import one_hole
 from _kit.landscape import EnergyLandscape, energy_landscape
 from _kit.live import LiveWidget
 from _kit.widgets import GapExplorer, gap_explorer
@@ -53,6 +54,7 @@ EXAMPLES: dict[str, Callable[[], LiveWidget]] = {
     "faults": lambda: fault_explorer(width=0.7),
     "gap": lambda: gap_explorer(*load_ou_head()),
     "gap, two heads": two_heads,
+    "holes": lambda: one_hole(length=1),
     "landscape": lambda: energy_landscape(window(), length=8, event=1),
 }
 
@@ -348,6 +350,50 @@ def test_the_page_finds_the_minima_that_amortlib_finds(tab: Any, shelf: Shelf) -
             assert abs(float(minima[2]) - picture.rise) <= 0.051
         assert abs(inside - picture.inside) < 0.005 + 6 * np.sqrt(0.25 / 600)
     assert apart <= 1
+
+
+def shares(tab: Any) -> dict[str, int]:
+    """Percent of the draws of each answer with x above zero, when all have come in."""
+    tab.wait_for_function(
+        "document.querySelector('.live-words').textContent.includes('above zero')", timeout=60_000
+    )
+    said = tab.inner_text(".live-words").split("above zero:")[1]
+    return {name.strip(): int(n) for name, n in re.findall(r"([A-Za-z ]+) (\d+)%", said)}
+
+
+def test_the_posterior_splits_when_the_first_time_is_hidden(tab: Any, shelf: Shelf) -> None:
+    """Both pieces weigh one half: of 200 draws, within five standard errors; the heads are allowed
+    their measured errors beside that. Laplace is on one side, and with no gap everyone is."""
+    opened(tab, shelf.address("holes"))
+    tab.evaluate(PUT, {"event": 11, "start": 0, "length": 1})
+    found = shares(tab)
+    assert set(found) == {"posterior", "Laplace", "best Gaussian", "flow", "score"}
+    assert found.pop("Laplace") in (0, 100)
+    for name, share in found.items():
+        assert abs(share - 50) < 100 * 5 * np.sqrt(0.25 / 200) + 5, name
+    for event in (2, 11):
+        tab.evaluate(PUT, {"event": event, "length": 0})
+        found = shares(tab)
+        assert len({round(share, -1) for share in found.values()}) == 1, found
+        assert max(found.values()) <= 5 or min(found.values()) >= 95
+    assert tab.complaints == []
+
+
+def test_who_wants_no_motion_sees_the_draws_at_once(browser: Any, shelf: Shelf) -> None:
+    """Nothing is drawn little by little: one picture without draws, and one with all of them."""
+    context = browser.new_context(reduced_motion="reduce", offline=True)
+    tab = opened(context.new_page(), shelf.address("holes"))
+    count = """() => (document.querySelector('.live-plot [stroke-opacity="0.7"]')
+      ?.getAttribute('d') ?? '').split('M').length - 1"""
+    seen = set()
+    for _ in range(200):
+        seen.add(tab.evaluate(count))
+        if "above zero" in tab.inner_text(".live-words"):
+            break
+        tab.wait_for_timeout(50)
+    assert seen | {tab.evaluate(count)} <= {0, 200}
+    assert tab.evaluate(count) == 200
+    context.close()
 
 
 def test_the_lines_cross_where_the_formula_says(tab: Any, shelf: Shelf) -> None:

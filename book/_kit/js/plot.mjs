@@ -30,12 +30,13 @@ export function ticks(from, to, count = 5) {
 /** One panel. Ranges are `{ label, from, to }`; `log: true` for powers of ten. */
 export class Plot {
   /**
-   * `label`: what the panel shows, for whoever does not see it. `wide`: never beside another.
+   * `label`: what the panel shows, for whoever does not see it. `wide`: never beside another;
+   * `three`: three in a row where there is room.
    */
-  constructor({ label, x, y, height = 300, left = 52, right = 12, top = 10, bottom = 44, wide = false, xTicks, yTicks }) {
+  constructor({ label, x, y, height = 300, left = 52, right = 12, top = 10, bottom = 44, wide = false, three = false, xTicks, yTicks }) {
     this.x = { ...x };
     this.y = { ...y };
-    Object.assign(this, { height, left, right, top, bottom, wide, xTicks, yTicks });
+    Object.assign(this, { height, left, right, top, bottom, wide, three, xTicks, yTicks });
     this.width = 0;
     this.root = svg("svg", { class: "live-plot", height, "aria-hidden": "false" });
     this.picture = svg("g", { role: "img", "aria-label": label }, this.root);
@@ -53,7 +54,7 @@ export class Plot {
 
   /** Take a width in pixels; true where it is another one than before. */
   resize(width) {
-    width = Math.max(240, Math.floor(width));
+    width = Math.max(120, Math.floor(width));
     if (width === this.width) return false;
     this.width = width;
     this.root.setAttribute("width", width);

@@ -164,8 +164,13 @@ export class Stage {
     const room = this.panels.clientWidth;
     if (!room) return false;
     const narrow = this.plots.filter((plot) => !plot.wide).length;
-    const half = narrow > 1 && room >= 560 ? (room - 8) / 2 : room;
-    return this.plots.map((plot) => plot.resize(plot.wide ? room : half)).some(Boolean);
+    const beside = (plot) => {
+      if (plot.wide || narrow < 2) return 1;
+      if (plot.three) return room >= 560 ? 3 : 2;
+      return room >= 560 ? 2 : 1;
+    };
+    const widthOf = (plot) => (room - 8 * (beside(plot) - 1)) / beside(plot);
+    return this.plots.map((plot) => plot.resize(widthOf(plot))).some(Boolean);
   }
 
   redraw() {

@@ -26,6 +26,11 @@ export function landscapeNumbers(settings, bytes) {
     window,
     prior,
     starts,
+    /** x of a state at the observed times, whatever the window sees of it. */
+    plainPath(settings) {
+      const plain = lorenzWindow({ ...settings, sees: { components: [0], stride: settings.sees.stride } });
+      return (x0) => Array.from(plain.path(x0));
+    },
     truth: (event) => row("truth", event, 3),
     y: (event) => row("y", event, times * width),
     energy({ start, length, event }) {

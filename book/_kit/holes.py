@@ -1,0 +1,107 @@
+"""One hole, two answers: a gap hides the sign of a Lorenz-63 window, and heads answer live."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import numpy as np
+import traitlets
+from matplotlib.figure import Figure
+
+from _kit import style
+from _kit.heads import load_bimodal
+from _kit.landscape import packed_events
+from _kit.live import LiveWidget
+from _kit.packing import pack_flow, pack_score
+from _kit.windows import FixedSteps
+from amortlib.observation import gap
+from amortlib.problems import InverseProblem, lorenz63_sign_lost
+from amortlib.types import to_double
+
+_EVENTS = 12
+_NOISE = 0.5
+
+
+def _problem() -> InverseProblem:
+    """The window of `benchmarks.bimodal`, in plain steps: two from state to state are enough."""
+    problem = lorenz63_sign_lost(noise=_NOISE, substeps=2)
+    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+
+
+class OneHole(LiveWidget):
+    """The gap and the event; draws of the posterior, of Laplace, a Gaussian, a flow and a score.
+
+    The page searches, weighs and samples by itself, with the weights that ship with the book.
+
+    Attributes:
+        start: first missing time, of five.
+        length: how many times are missing.
+        event: which pair of the simulator, of 12.
+        shown: whose draws are drawn as paths.
+    """
+
+    start = traitlets.Int(0).tag(sync=True)
+    length = traitlets.Int(0).tag(sync=True)
+    event = traitlets.Int(0).tag(sync=True)
+    events = traitlets.Int(_EVENTS).tag(sync=True)
+    shown = traitlets.Unicode("posterior").tag(sync=True)
+    window = traitlets.Dict().tag(sync=True)
+    data = traitlets.Bytes().tag(sync=True)
+    flow = traitlets.Bytes().tag(sync=True)
+    score = traitlets.Bytes().tag(sync=True)
+
+    def __init__(self, *, start: int = 0, length: int = 0, event: int = 0):
+        """Set the first position; arguments as the attributes.
+
+        Raises:
+            amortlib.CheckpointError: where weights are missing or damaged.
+        """
+        with jax.enable_x64(True):
+            self.problem = to_double(_problem())
+            settings, data = packed_events(self.problem, _EVENTS, mirror=(-1.0, -1.0, 1.0))
+        super().__init__(
+            kind="holes",
+            title="One hole, two answers",
+            start=start,
+            length=length,
+            event=event,
+            window=settings,
+            data=data,
+            flow=pack_flow(load_bimodal("flow")[0]),
+            score=pack_score(load_bimodal("score")[0]),
+        )
+
+    def still(self) -> tuple[Figure, str]:
+        """The truth and its mirror image, and what is seen of them."""
+        with jax.enable_x64(True):
+            truth, event = self.problem.simulate(jax.random.key(self.event))
+            path = np.asarray(eqx.filter_jit(self.problem.forward.trajectory)(truth))[::2, 0]
+            y = np.asarray(event.y)
+        n = path.size
+        mask = np.asarray(gap(n, self.start, self.length))
+        size = np.sqrt(np.maximum(y[:, 0], 0.0) * self.problem.forward.operator.unit)
+        size[0] = y[0, 0]
+        figure = Figure(figsize=style.WIDE)
+        ax = figure.add_subplot()
+        t = np.arange(n)
+        style.gap_shade(ax, t, mask)
+        ax.plot(t, path, color=style.TRUTH, label="truth")
+        ax.plot(t, -path, ":", color=style.TRUTH, label="its mirror image")
+        later = mask & (t > 0)
+        ax.plot(t[later], size[later], "o", color=style.OBS, label="observed")
+        ax.plot(t[later], -size[later], "o", color=style.OBS)
+        if mask[0]:
+            ax.plot(0, size[0], "o", color=style.OBS)
+        ax.set(xlabel="observation", ylabel="x", xlim=(-0.5, n - 0.5))
+        figure.legend(loc="outside lower center", ncols=2)
+        sign = "says which is right" if mask[0] else "is hidden, and both explain the rest"
+        missing = int((~mask).sum())
+        return figure, (
+            f"A path of x and its mirror image over {n} times, {missing} of them missing; later "
+            f"times know only the size of x, and the first time, which knows the sign, {sign}."
+        )
+
+
+def one_hole(**first: int) -> OneHole:
+    """Widen the gap until the posterior splits; see [`OneHole`][] for the settings."""
+    return OneHole(**first)
