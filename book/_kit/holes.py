@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from _kit.live import LiveWidget
 from _kit.packing import pack_flow, pack_score
 from _kit.windows import FixedSteps
 from amortlib.observation import gap
+from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, lorenz63_sign_lost
 from amortlib.types import to_double
 
@@ -50,12 +53,27 @@ class OneHole(LiveWidget):
     flow = traitlets.Bytes().tag(sync=True)
     score = traitlets.Bytes().tag(sync=True)
 
-    def __init__(self, *, start: int = 0, length: int = 0, event: int = 0):
-        """Set the first position; arguments as the attributes.
+    def __init__(
+        self,
+        heads: Mapping[str, AmortizedPosterior] | None = None,
+        *,
+        start: int = 0,
+        length: int = 0,
+        event: int = 0,
+    ):
+        """Set the first position; other arguments as the attributes.
+
+        Args:
+            heads: a `"flow"` and a `"score"`; by default those that ship with the book.
+            start: first missing time.
+            length: how many times are missing.
+            event: which pair.
 
         Raises:
             amortlib.CheckpointError: where weights are missing or damaged.
         """
+        if heads is None:
+            heads = {name: load_bimodal(name)[0] for name in ("flow", "score")}
         with jax.enable_x64(True):
             self.problem = to_double(_problem())
             settings, data = packed_events(self.problem, _EVENTS, mirror=(-1.0, -1.0, 1.0))
@@ -67,8 +85,8 @@ class OneHole(LiveWidget):
             event=event,
             window=settings,
             data=data,
-            flow=pack_flow(load_bimodal("flow")[0]),
-            score=pack_score(load_bimodal("score")[0]),
+            flow=pack_flow(heads["flow"]),
+            score=pack_score(heads["score"]),
         )
 
     def still(self) -> tuple[Figure, str]:
@@ -102,6 +120,6 @@ class OneHole(LiveWidget):
         )
 
 
-def one_hole(**first: int) -> OneHole:
+def one_hole(heads: Mapping[str, AmortizedPosterior] | None = None, **first: int) -> OneHole:
     """Widen the gap until the posterior splits; see [`OneHole`][] for the settings."""
-    return OneHole(**first)
+    return OneHole(heads, **first)

@@ -248,8 +248,8 @@ def packed_events(
         mirror: a symmetry of J, factors of the control variables: half of the starts are then
             images of the others, so that no minimum is found without its image.
     """
-    simulate = jax.jit(lambda i: problem.simulate(jax.random.key(i)))
-    pairs = [simulate(i) for i in range(events)]
+    simulate = jax.jit(jax.vmap(lambda i: problem.simulate(jax.random.key(i))))
+    truth, drawn = simulate(jnp.arange(events))
     sd = np.unique(np.asarray(problem.obs_noise.sd))
     if sd.size != 1:
         raise ValueError(f"expected one noise for all observations, got {sd.size}")
@@ -261,8 +261,8 @@ def packed_events(
     data = {
         "loc": prior.loc,
         "chol": prior.chol,
-        "truth": jnp.stack([truth for truth, _ in pairs]),
-        "y": jnp.stack([event.y for _, event in pairs]),
+        "truth": truth,
+        "y": drawn.y,
         "starts": starts,
     }
     return window_settings(problem) | {"noise": float(sd[0])}, pack(data)
