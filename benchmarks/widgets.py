@@ -61,6 +61,7 @@ def examples() -> dict[str, Any]:
     from _kit.faults import fault_explorer
     from _kit.heads import load_ou_head
     from _kit.holes import one_hole
+    from _kit.ladder import refinement_ladder
     from _kit.landscape import energy_landscape
     from _kit.widgets import gap_explorer
     from _kit.windows import FixedSteps
@@ -69,6 +70,7 @@ def examples() -> dict[str, Any]:
     window = eqx.tree_at(lambda p: p.forward, window, FixedSteps.like(window.forward))
     return {
         "energy landscape": energy_landscape(window, length=8, event=1),
+        "ladder": refinement_ladder(steps=2),
         "one hole": one_hole(length=1),
         "gap explorer": gap_explorer(*load_ou_head()),
         "faults": fault_explorer(width=0.7),

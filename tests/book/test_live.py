@@ -15,6 +15,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from _kit.break_even import BreakEven, break_even
@@ -22,15 +23,21 @@ from _kit.bundle import JS, BundleError, bundle, page_script
 from _kit.faults import FaultExplorer, fault_explorer
 from _kit.heads import load_ou_head
 from _kit.holes import one_hole
+from _kit.ladder import RefinementLadder, refinement_ladder
 from _kit.landscape import EnergyLandscape, energy_landscape
 from _kit.live import LiveWidget
 from _kit.widgets import GapExplorer, gap_explorer
 from _kit.windows import FixedSteps
 from axe_playwright_python.sync_playwright import Axe
 
-from amortlib.observation import Select
+from amortlib.calibration import jacobian_error, mode_distance
+from amortlib.energy import Energy
+from amortlib.observation import Select, gap
 from amortlib.posterior import regression_posterior
 from amortlib.problems import InverseProblem, lorenz63
+from amortlib.refine import refine
+from amortlib.solvers import Oracle
+from amortlib.types import Event, to_double
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +62,7 @@ EXAMPLES: dict[str, Callable[[], LiveWidget]] = {
     "gap": lambda: gap_explorer(*load_ou_head()),
     "gap, two heads": two_heads,
     "holes": lambda: one_hole(length=1),
+    "ladder": lambda: refinement_ladder(),
     "landscape": lambda: energy_landscape(window(), length=8, event=1),
 }
 
@@ -394,6 +402,63 @@ def test_who_wants_no_motion_sees_the_draws_at_once(browser: Any, shelf: Shelf) 
     assert seen | {tab.evaluate(count)} <= {0, 200}
     assert tab.evaluate(count) == 200
     context.close()
+
+
+def test_the_gates_of_the_page_are_those_of_amortlib(tab: Any, shelf: Shelf) -> None:
+    """Distance and Jacobian error of windows with and without a gap, after 0 and 2 steps, in both
+    ways of differentiating, against the oracle and the statistics of the package."""
+    widget = shelf.widget("ladder")
+    assert isinstance(widget, RefinementLadder)
+    opened(tab, shelf.address("ladder"))
+    places = [(event, length) for event in (0, 3, 7) for length in (0, 2)]
+    with jax.enable_x64(True):
+        problem, model = widget.problem, to_double(widget.model)
+        energy = Energy(problem.prior, problem.forward)
+        _, drawn = jax.vmap(lambda i: problem.simulate(jax.random.key(i)))(jnp.arange(8))
+        which = jnp.array([event for event, _ in places])
+        seen = jax.vmap(lambda n: gap(5, 1, n))(jnp.array([length for _, length in places]))
+        mask = jnp.broadcast_to(seen[..., None], drawn.y[which].shape)
+        events = Event(drawn.y[which], mask, jnp.full(mask.shape, float(problem.obs_noise.sd)))
+        analysis = Oracle(energy)(events, key=jax.random.key(0))
+
+        @eqx.filter_jit
+        def figures(steps, derivative, event, best, covariance, jacobian):
+            def mode(y):
+                here = eqx.tree_at(lambda e: e.y, event, y)
+                v = energy.prior.whiten(model(here).mean())
+                return energy.prior.colour(
+                    refine(energy, v, here, steps=steps, derivative=derivative)
+                )
+
+            slope = jax.jacfwd(mode)(event.y)
+            near = mode_distance(mode(event.y), best, covariance)
+            return near, jacobian_error(slope, jacobian, event.mask)
+
+        for steps, derivative in ((0, "unrolled"), (2, "unrolled"), (2, "implicit")):
+            for i, (event, length) in enumerate(places):
+                oracle = (analysis.mode[i], analysis.covariance[i], analysis.jacobian[i])
+                one = jax.tree.map(lambda a, i=i: a[i], events)
+                near, slope = figures(steps, derivative, one, *map(jnp.asarray, oracle))
+                tab.select_option("[data-name=derivative]", derivative)
+                at = {"event": event, "start": 1, "length": length, "steps": steps}
+                tab.evaluate(PUT, at)
+                said = tab.inner_text(".live-words")
+                found = re.search(r"is ([\d.]+) sd .* off by (?:more than )?([\d.]+)%", said)
+                assert abs(float(found[1]) - min(float(near), 1e9)) <= 0.0051 + 1e-3 * float(near)
+                if "more than" not in said:
+                    slope = 100 * float(slope)
+                    assert abs(float(found[2]) - slope) <= 0.051 + 1e-3 * slope
+
+
+def test_steps_take_j_down_as_amortlib_takes_them(tab: Any, shelf: Shelf) -> None:
+    """The widget's own record of J along the way never rises, and ends at the page's minimum."""
+    widget = shelf.widget("ladder")
+    assert isinstance(widget, RefinementLadder)
+    way = widget.way()
+    assert (np.diff(way) <= 1e-12).all()
+    opened(tab, shelf.address("ladder"))
+    tab.evaluate(PUT, {"event": 0, "start": 0, "length": 0, "steps": 6})
+    assert "is 0.00 sd from the oracle's" in tab.inner_text(".live-words")
 
 
 def test_the_lines_cross_where_the_formula_says(tab: Any, shelf: Shelf) -> None:

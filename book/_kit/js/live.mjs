@@ -10,10 +10,11 @@ import { breakEven } from "./live/break_even.mjs";
 import { faults } from "./live/faults.mjs";
 import { gapExplorer } from "./live/gap.mjs";
 import { holes } from "./live/holes.mjs";
+import { ladder } from "./live/ladder.mjs";
 import { landscape } from "./live/landscape.mjs";
 import { Stage } from "./stage.mjs";
 
-const WIDGETS = { "break-even": breakEven, faults, gap: gapExplorer, holes, landscape };
+const WIDGETS = { "break-even": breakEven, faults, gap: gapExplorer, holes, ladder, landscape };
 
 /** What anywidget calls: put the model's widget into `el`. Returns what takes it down again. */
 export function render({ model, el }) {

@@ -1,0 +1,132 @@
+"""The way from network to solver, live: steps on J from a head's guess, and the three gates."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import traitlets
+from matplotlib.figure import Figure
+
+from _kit import style
+from _kit.heads import load_lorenz63_flow
+from _kit.landscape import packed_events
+from _kit.live import LiveWidget
+from _kit.packing import pack_posterior
+from _kit.windows import FixedSteps
+from amortlib.energy import Energy
+from amortlib.observation import gap
+from amortlib.posterior import AmortizedPosterior
+from amortlib.problems import InverseProblem, lorenz63
+from amortlib.refine import refine
+from amortlib.types import Event, to_double
+
+_EVENTS = 100
+_MOST = 6
+
+
+def _problem() -> InverseProblem:
+    """The window that the guess was trained on, in plain steps: two from state to state do."""
+    problem = lorenz63(substeps=2)
+    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+
+
+class RefinementLadder(LiveWidget):
+    """The number of steps, the gap, the event and how the answer is differentiated.
+
+    The page makes the guess, takes the steps, finds the oracle's minima and judges 100 windows.
+
+    Attributes:
+        steps: k, 0 to 6.
+        start: first missing time, of five.
+        length: how many times are missing.
+        event: which window, of 100.
+        derivative: `"implicit"` or `"unrolled"`.
+    """
+
+    steps = traitlets.Int(0).tag(sync=True)
+    start = traitlets.Int(0).tag(sync=True)
+    length = traitlets.Int(0).tag(sync=True)
+    event = traitlets.Int(0).tag(sync=True)
+    derivative = traitlets.Unicode("implicit").tag(sync=True)
+    events = traitlets.Int(_EVENTS).tag(sync=True)
+    window = traitlets.Dict().tag(sync=True)
+    data = traitlets.Bytes().tag(sync=True)
+    guess = traitlets.Bytes().tag(sync=True)
+
+    def __init__(
+        self,
+        guess: AmortizedPosterior | None = None,
+        *,
+        steps: int = 0,
+        start: int = 0,
+        length: int = 0,
+        event: int = 0,
+    ):
+        """Set the first position; other arguments as the attributes.
+
+        Args:
+            guess: a plain Cholesky head for the window; by default the one that ships.
+            steps: k.
+            start: first missing time.
+            length: how many times are missing.
+            event: which window.
+
+        Raises:
+            amortlib.CheckpointError: where weights are missing or damaged.
+        """
+        if guess is None:
+            guess = load_lorenz63_flow()[0].encoder.guess.tree
+        self.model = guess
+        with jax.enable_x64(True):
+            self.problem = to_double(_problem())
+            settings, data = packed_events(self.problem, _EVENTS)
+        super().__init__(
+            kind="ladder",
+            title="From network to solver",
+            steps=steps,
+            start=start,
+            length=length,
+            event=event,
+            window=settings,
+            data=data,
+            guess=pack_posterior(guess),
+        )
+
+    def way(self) -> np.ndarray:
+        """J after 0 to 6 steps from the guess, in double precision: what the page draws."""
+        with jax.enable_x64(True):
+            energy = Energy(self.problem.prior, self.problem.forward)
+            model = to_double(self.model)
+
+            @eqx.filter_jit
+            def run(model, energy, y, mask, sd):
+                event = Event(y, mask, sd)
+                v = energy.prior.whiten(model(event).mean())
+                ends = [refine(energy, v, event, steps=k, derivative="unrolled") for k in range(7)]
+                return jnp.stack([energy(energy.prior.colour(end), event) for end in ends])
+
+            _, drawn = eqx.filter_jit(self.problem.simulate)(jax.random.key(self.event))
+            seen = gap(drawn.y.shape[0], self.start, self.length)
+            mask = jnp.broadcast_to(seen[:, None], drawn.y.shape)
+            sd = jnp.broadcast_to(self.problem.obs_noise.sd, drawn.y.shape)
+            return np.asarray(run(model, energy, drawn.y, mask, sd))
+
+    def still(self) -> tuple[Figure, str]:
+        """J after each step, drawn by matplotlib."""
+        way = self.way()
+        above = np.maximum(way - way[-1], 1e-8)
+        figure = Figure(figsize=style.WIDE)
+        ax = figure.add_subplot()
+        ax.semilogy(np.arange(_MOST), above[:-1], "o-", color=style.AMORTIZED)
+        ax.set(xlabel="steps, k", ylabel="J above that after six, nats")
+        return figure, (
+            f"J of one window after each step from the guess: {way[0]:.1f} nats at the guess, "
+            f"{way[1]:.1f} after one step, {way[-1]:.1f} after six."
+        )
+
+
+def refinement_ladder(guess: AmortizedPosterior | None = None, **first: int) -> RefinementLadder:
+    """Take steps and watch the gates; see [`RefinementLadder`][] for the settings."""
+    return RefinementLadder(guess, **first)
