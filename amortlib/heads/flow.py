@@ -163,7 +163,13 @@ class FlowDistribution(AbstractDistribution):
         return self._from_noise(z, base, self.condition[component])
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
-        """`n` independent draws."""
+        """`n` independent draws.
+
+        Raises:
+            ValueError: on less than one.
+        """
+        if n < 1:
+            raise ValueError(f"expected at least one sample, got n={n}")
         if self.log_weight.shape[0] == 1:
             z = jax.random.normal(key, (n, self.dim), self.base.loc.dtype)
             return jax.vmap(self.from_noise)(z)
