@@ -10,7 +10,7 @@ import pytest
 
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
-from benchmarks import fourdvarnet, make_weights
+from benchmarks import fourdvarnet, make_weights, refinement
 from benchmarks.regression_ou import (
     FRACTIONS,
     MEDIAN_KL,
@@ -47,13 +47,14 @@ def test_the_default_head_holds_the_bars() -> None:
         ("fourdvarnet", "plain on J"),
         ("gates", "one piece missing"),
         ("expressiveness", "spline flow"),
+        ("refinement", "both gates"),
         ("widgets", "gap explorer"),
     ],
 )
 def test_a_quick_run_prints_its_table_and_writes_its_data(
     name: str, column: str, tmp_path: Path
 ) -> None:
-    files = (make_weights.FILE, fourdvarnet.FILE)
+    files = (make_weights.FILE, fourdvarnet.FILE, refinement.FILE)
     before = [file.read_bytes() for file in files]
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(out)]

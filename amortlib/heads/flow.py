@@ -178,26 +178,26 @@ class FlowDistribution(AbstractDistribution):
         which = jax.random.categorical(k_which, self.log_weight, shape=(n,))
         return jax.vmap(self.from_noise)(z, which)
 
-    def _spread(self) -> tuple[Float[Array, "k p d"], Float[Array, " k"]]:
-        """The points sent through each component, and the weight of each."""
+    def points_of_components(self) -> tuple[Float[Array, "k p d"], Float[Array, " k"]]:
+        """The quasi-random points sent through each component, and the weight of each."""
         z = jnp.asarray(quasi_normal(self.points, self.dim), self.base.loc.dtype)
         through = jax.vmap(lambda b, c: jax.vmap(lambda z: self._from_noise(z, b, c))(z))
         return through(self.base, self.condition), jnp.exp(self.log_weight)
 
     def mean(self) -> Float[Array, " d"]:
         """The mean, by quasi-random points."""
-        x, weight = self._spread()
+        x, weight = self.points_of_components()
         return weight @ x.mean(1)
 
     def covariance(self) -> Float[Array, "d d"]:
         """The covariance, by quasi-random points."""
-        x, weight = self._spread()
+        x, weight = self.points_of_components()
         off = x - weight @ x.mean(1)
         return jnp.einsum("k,kpi,kpj->ij", weight, off, off) / self.points
 
     def sd(self) -> Float[Array, " d"]:
         """Standard deviation of each component of the state, by quasi-random points."""
-        x, weight = self._spread()
+        x, weight = self.points_of_components()
         off = x - weight @ x.mean(1)
         return jnp.sqrt(jnp.einsum("k,kpi->i", weight, off**2) / self.points)
 
@@ -205,7 +205,7 @@ class FlowDistribution(AbstractDistribution):
         """The highest point of the density, by ascent from the best of the quasi-random points."""
         # Ascend in the whitened coordinates of one component, where the density is round.
         frame = jax.tree.map(lambda leaf: leaf[jnp.argmax(self.log_weight)], self.base)
-        x, _ = self._spread()
+        x, _ = self.points_of_components()
         starts = jax.vmap(frame.whiten)(x.reshape(-1, self.dim))
         best = density_mode(lambda w: self.log_prob(frame.colour(w)), starts, climbs=self.climbs)
         return frame.colour(best)

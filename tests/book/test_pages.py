@@ -179,3 +179,15 @@ def test_the_times_page_holds_every_executed_chapter(html: Path) -> None:
 def test_the_root_leads_to_the_landing_page(html: Path) -> None:
     text = (html / "index.html").read_text(encoding="utf-8")
     assert 'url=book/index.html"' in text
+
+
+def test_anyones_problem_takes_forty_lines() -> None:
+    """The promise of the chapter: problem, training and posterior, blank lines not counted."""
+    text = (ROOT / "book" / "anyone.md").read_text(encoding="utf-8")
+    cells = re.findall(
+        r"```\{code-cell\} ipython3\n:tags: \[user-code[^\n]*\n(.*?)```", text, re.DOTALL
+    )
+    lines = [line for cell in cells for line in cell.splitlines() if line.strip()]
+    assert len(cells) == 2
+    own = [line for line in lines if not line.startswith(("import ", "from "))]
+    assert len(own) <= 40

@@ -12,7 +12,7 @@ from _kit import heads
 from amortlib.export import CheckpointError, build_and_load, read_settings
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
-from benchmarks import fourdvarnet
+from benchmarks import fourdvarnet, refinement
 from benchmarks.regression_ou import FRACTIONS, measure
 
 
@@ -88,3 +88,16 @@ def test_the_shipped_4dvarnet_beats_plain_gradient_steps(name: str) -> None:
 
 def test_the_weights_of_the_4dvarnet_are_small() -> None:
     assert heads.FOURDVARNET_FILE.stat().st_size <= fourdvarnet.LARGEST_FILE
+
+
+@pytest.mark.slow
+def test_the_mixture_reaches_what_is_recorded() -> None:
+    """Likelihood of 4,096 windows of another key, within five standard errors of both runs."""
+    model, record = refinement.load(), read_settings(refinement.FILE)["record"]
+    assert set(record["metrics"]) == {f"{fraction:g}" for fraction in refinement.FRACTIONS}
+    for fraction in (0.0, 0.6):
+        x, events = refinement.problem(fraction).batch(jax.random.key(77), 4096)
+        each = np.asarray(jax.jit(jax.vmap(lambda x, e: -model.log_prob(x, e)))(x, events))
+        kept = record["metrics"][f"{fraction:g}"]
+        error = np.hypot(each.std() / np.sqrt(each.size), kept["nll_error"])
+        assert abs(each.mean() - kept["nll"]) < 5 * error

@@ -24,6 +24,7 @@ ORDER = [
     "encoders",
     "heads",
     "posterior",
+    "supports",
     "refine",
     "search",
     "objectives",
