@@ -66,6 +66,7 @@ class LiveWidget(anywidget.AnyWidget):
     def to_html(self) -> str:
         """The widget for a page without a kernel: a still picture, and the state to start from."""
         figure, words = self.still()
+        alt = f"{self.title}. {words}"
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=100)
         picture = base64.b64encode(data.getvalue()).decode("ascii")
@@ -73,7 +74,7 @@ class LiveWidget(anywidget.AnyWidget):
         text = json.dumps(self.state(), default=_plain).replace("</", "<\\/")
         return (
             f'<div data-live="{html.escape(self.kind)}"><div class="live-still">'
-            f'<img alt="{html.escape(words)}" src="data:image/png;base64,{picture}">'
+            f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}">'
             "<p>A still picture: the live one needs JavaScript.</p></div>"
             f'<script type="application/json">{text}</script></div>'
         )
