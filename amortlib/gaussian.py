@@ -54,7 +54,11 @@ class AbstractDistribution(eqx.Module):
 
     @abc.abstractmethod
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
-        """`n` independent draws."""
+        """`n` independent draws.
+
+        Raises:
+            ValueError: on less than one.
+        """
 
     @abc.abstractmethod
     def mode(self) -> Float[Array, " d"]:
@@ -125,6 +129,8 @@ class Gaussian(AbstractDistribution):
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
+        if n < 1:
+            raise ValueError(f"expected at least one sample, got n={n}")
         z = jax.random.normal(key, (n, self.loc.size), self.loc.dtype)
         return self.loc + z @ self.chol.T
 
@@ -270,6 +276,8 @@ class GaussMarkov(AbstractDistribution):
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
+        if n < 1:
+            raise ValueError(f"expected at least one sample, got n={n}")
         z = jax.random.normal(key, (n, *self.shape), self.loc.dtype)
         back = jax.vmap(lambda e: _backward(self.diag, self.off, e))
         return self.loc + back(z).reshape(n, -1)

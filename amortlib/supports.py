@@ -80,7 +80,10 @@ class Box(eqx.Module):
 
     def inside(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """`x`, moved off the ends by what rounding may have put it there."""
-        eps, tiny = float(jnp.finfo(x.dtype).eps), 4.0 * float(jnp.finfo(x.dtype).tiny)
+        info = jnp.finfo(x.dtype)
+        eps, largest = float(info.eps), float(info.max) / 4.0
+        # Not the least number there is: one over it is the slope of T^-1, and must not overflow.
+        tiny = float(info.tiny) ** 0.75
 
         def step(end: float, width: float) -> float:
             # Next to zero numbers are as fine as they get, elsewhere as fine as their size allows.
@@ -90,9 +93,19 @@ class Box(eqx.Module):
         # The lower end of an interval is the origin that T counts from; from the upper end it is a
         # whole width away.
         ends = list(zip(self.low, self.high, strict=True))
-        up = [low + step(low, 0.0) if math.isfinite(low) else low for low, _ in ends]
+        # A half-line has an end where numbers do: exp(u) overflows from u = 89 on. A whole line is
+        # left as it is.
+        up = [
+            low + step(low, 0.0)
+            if math.isfinite(low)
+            else (-largest if math.isfinite(high) else low)
+            for low, high in ends
+        ]
         down = [
-            high - step(high, high - low) if math.isfinite(high) else high for low, high in ends
+            high - step(high, high - low)
+            if math.isfinite(high)
+            else (largest if math.isfinite(low) else high)
+            for low, high in ends
         ]
         return jnp.clip(x, jnp.array(up, x.dtype), jnp.array(down, x.dtype))
 
@@ -109,9 +122,9 @@ class Box(eqx.Module):
         return self.bijection.transform_and_log_det(u)[1]
 
     def holds(self, x: Float[Array, " d"]) -> Bool[Array, " d"]:
-        """Whether each parameter is in its interval, ends included; NaN is nowhere."""
+        """Whether each is in its interval, finite ends included; NaN and infinity are nowhere."""
         low, high = (jnp.asarray(end, x.dtype) for end in (self.low, self.high))
-        return (x >= low) & (x <= high)
+        return (x >= low) & (x <= high) & jnp.isfinite(x)
 
 
 def _map(low: float, high: float) -> AbstractBijection:
@@ -267,8 +280,10 @@ def unbounded(
 
     Raises:
         InvalidProblemError: on parameters of another number, or outside the support; the message
-            names the parameter, its value and the key that made it.
+            names the parameter, its value and the key that made it. Also on all that
+            [`InverseProblem.check`][amortlib.problems.InverseProblem.check] refuses.
     """
+    problem.check(key)
     keys = jax.random.split(key, draws)
     x = jax.jit(jax.vmap(problem.prior_sample))(keys)
     if x.shape != (draws, box.dim):

@@ -42,8 +42,9 @@ def test_the_slope_is_that_of_a_derivative(x64: None) -> None:
 
 def test_far_out_nothing_leaves_the_support_or_overflows() -> None:
     """In single precision a sigmoid is one from 17 on: draws stay inside and densities finite."""
-    for far in (-300.0, -60.0, 60.0, 80.0):
+    for far in (-300.0, -60.0, 60.0, 80.0, 89.0, 300.0):
         x = BOX.to_support(jnp.full(BOX.dim, far))
+        assert np.isfinite(x).all()
         low, high = np.array(BOX.low), np.array(BOX.high)
         assert (np.asarray(x, float) > low).all()
         assert (np.asarray(x, float) < high).all()
@@ -55,6 +56,16 @@ def test_far_out_nothing_leaves_the_support_or_overflows() -> None:
     assert bool(jnp.all(BOX.holds(ends)))
     outside = jnp.array([-0.1, 5.1, -1.0, 3.1, jnp.nan, 0.1])
     assert not bool(jnp.any(BOX.holds(outside)))
+    assert not bool(jnp.any(BOX.holds(jnp.full(BOX.dim, jnp.inf))))
+    assert not bool(jnp.any(BOX.holds(jnp.full(BOX.dim, -jnp.inf))))
+
+
+def test_densities_and_their_slopes_are_finite_at_the_ends() -> None:
+    q = BoxDistribution(Gaussian(jnp.zeros(BOX.dim), jnp.eye(BOX.dim)), BOX)
+    for ends in ([0.0, 2.0, 0.0, 3.0, 0.0, -1.0], [1.0, 5.0, 1e30, -1e30, 0.0, 0.0]):
+        value, slope = jax.value_and_grad(q.log_prob)(jnp.array(ends))
+        assert np.isfinite(value)
+        assert np.isfinite(slope).all()
 
 
 def test_small_rates_are_not_rounded_away() -> None:
@@ -90,6 +101,7 @@ def test_log_normal_moments_mode_and_density() -> None:
     assert stats.kstest(draws, right.cdf).pvalue > 1e-3  # false alarms: one in a thousand keys
 
 
+@pytest.mark.slow
 def test_moments_of_mixtures_and_flows_are_those_of_their_draws() -> None:
     """To five standard errors of 40,000 draws, and the points' own error."""
     box, context = Box([0.0, 0.0], [1.0, INF]), jax.random.normal(KEY, (8,))
@@ -175,6 +187,14 @@ def test_draws_outside_the_support_are_named() -> None:
         unbounded(PROBLEM, Box([0.0, 0.0], [1.0, 0.5]), key=KEY)
     with pytest.raises(InvalidProblemError, match=r"shape \(3,\), .* got \(2,\)"):
         unbounded(PROBLEM, Box([0.0] * 3, [1.0] * 3), key=KEY)
+    for bad, message in (
+        (lambda key: jnp.arange(2), r"prior_sample\(key\).* got dtype int32"),
+        (lambda key: rates(key) / 0.0, "prior_sample returned values that are not finite"),
+        (lambda key: (rates(key), rates(key)), "expected prior_sample.* one array"),
+    ):
+        problem = InverseProblem(bad, seen, GaussianNoise(0.2), NoGaps())
+        with pytest.raises(InvalidProblemError, match=message):
+            unbounded(problem, SUPPORT, key=KEY)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0)])

@@ -48,6 +48,8 @@ class GaussianMixture(AbstractDistribution):
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
+        if n < 1:
+            raise ValueError(f"expected at least one sample, got n={n}")
         k_which, k_normal = jax.random.split(key)
         which = jax.random.categorical(k_which, self.log_weight, shape=(n,))
         z = jax.random.normal(k_normal, (n, self.part.loc.shape[-1]), self.part.loc.dtype)

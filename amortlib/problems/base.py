@@ -100,11 +100,13 @@ class InverseProblem(eqx.Module):
             raise InvalidProblemError(
                 f"expected prior_sample(key) to return one array of shape (d,), got {x}"
             )
+        _refuse_no_floats("prior_sample(key)", x)
         y = _call("forward", lambda: jax.eval_shape(self.forward, x))
         if not isinstance(y, jax.ShapeDtypeStruct) or len(y.shape) == 0 or 0 in y.shape:
             raise InvalidProblemError(
                 f"expected forward(x) to return one array with at least one entry, got {y}"
             )
+        _refuse_no_floats("forward(x)", y)
         noise = self.obs_noise
         if isinstance(noise, VaryingGaussianNoise):
             noise = noise.draw(keys[0])
@@ -113,6 +115,7 @@ class InverseProblem(eqx.Module):
             raise InvalidProblemError(
                 f"expected obs_noise(key, clean) to keep the shape {y.shape}, got {noisy}"
             )
+        _refuse_no_floats("obs_noise(key, clean)", noisy)
         mask = _call("gaps", lambda: jax.eval_shape(lambda k: self.gaps(k, y.shape), keys[0]))
         if (
             not isinstance(mask, jax.ShapeDtypeStruct)
@@ -152,6 +155,15 @@ def _call(name: str, run: Callable[[], Any]) -> Any:
         raise InvalidProblemError(
             f"{name} raised {type(err).__name__} when called as documented: {err}"
         ) from err
+
+
+def _refuse_no_floats(call: str, made: jax.ShapeDtypeStruct) -> None:
+    # Integers would train: a whole-number state has no density, and no slope by which to learn.
+    if not jnp.issubdtype(made.dtype, jnp.floating):
+        raise InvalidProblemError(
+            f"expected {call} to return real floating-point numbers, got dtype {made.dtype}; "
+            "write .astype(float) where they are counts"
+        )
 
 
 class DrawOne(eqx.Module):
