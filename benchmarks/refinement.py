@@ -30,7 +30,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from amortlib.calibration import importance_figures, jacobian_error, mode_distance
 from amortlib.calibration.importance import KHAT
@@ -47,6 +46,7 @@ from amortlib.search import Field, search, search_posterior
 from amortlib.solvers import Oracle, OracleAnalysis
 from amortlib.training import fit
 from amortlib.types import Array, Event, to_double
+from benchmarks.flow_lorenz63 import energy_of, optimizer
 from benchmarks.report import Bar, finish, parser, table
 
 FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_mixture.safetensors"
@@ -85,12 +85,6 @@ def problem(fraction: float | None = None) -> InverseProblem:
     return lorenz63(gaps=NoGaps() if fraction == 0 else ContiguousGaps(fraction))
 
 
-def energy_of(made: InverseProblem) -> Energy:
-    """J."""
-    assert made.prior is not None
-    return Energy(made.prior, made.forward)
-
-
 def build(sizes: dict[str, int], **_: Any) -> AmortizedPosterior:
     """The untrained mixture density network."""
     made = problem()
@@ -123,7 +117,6 @@ def load() -> AmortizedPosterior:
 def train(sizes: dict[str, int], steps: int) -> tuple[AmortizedPosterior, float]:
     """By maximum likelihood on fresh windows; with the seconds of processor time."""
     made = problem()
-    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, min(200, steps // 2), steps)
     start = time.process_time()
     result = fit(
         build(sizes),
@@ -131,7 +124,7 @@ def train(sizes: dict[str, int], steps: int) -> tuple[AmortizedPosterior, float]
         lambda key: made.batch(key, BATCH),
         key=jax.random.key(SEEDS["training"]),
         steps=steps,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
+        optimizer=optimizer(RATE, steps),
         every=max(1, steps // 10),
         progress=False,
     )

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import numpy as np
 
 from amortlib.observation import Select
@@ -66,8 +65,7 @@ def examples() -> dict[str, Any]:
     from _kit.widgets import gap_explorer
     from _kit.windows import FixedSteps
 
-    window = lorenz63(noise=2.0, substeps=2, operator=Select((0, 1)))
-    window = eqx.tree_at(lambda p: p.forward, window, FixedSteps.like(window.forward))
+    window = FixedSteps.in_place(lorenz63(noise=2.0, substeps=2, operator=Select((0, 1))))
     return {
         "energy landscape": energy_landscape(window, length=8, event=1),
         "ladder": refinement_ladder(steps=2),

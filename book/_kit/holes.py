@@ -27,8 +27,7 @@ _NOISE = 0.5
 
 def _problem() -> InverseProblem:
     """The window of `benchmarks.bimodal`, in plain steps: two from state to state are enough."""
-    problem = lorenz63_sign_lost(noise=_NOISE, substeps=2)
-    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+    return FixedSteps.in_place(lorenz63_sign_lost(noise=_NOISE, substeps=2))
 
 
 class OneHole(LiveWidget):

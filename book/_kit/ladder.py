@@ -29,8 +29,7 @@ _SHOWN = (0, 1, 2, 4)
 
 def _problem() -> InverseProblem:
     """The window that the guess was trained on, in plain steps: two from state to state do."""
-    problem = lorenz63(substeps=2)
-    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+    return FixedSteps.in_place(lorenz63(substeps=2))
 
 
 class RefinementLadder(LiveWidget):

@@ -7,6 +7,7 @@ still picture for whoever runs no scripts, and `tools.book_extension` ships the 
 
 from __future__ import annotations
 
+import abc
 import base64
 import html
 import io
@@ -40,7 +41,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"expected JSON or bytes in a live widget, got {type(value).__name__}")
 
 
-class LiveWidget(anywidget.AnyWidget):
+class _Meta(type(anywidget.AnyWidget), abc.ABCMeta):
+    """traitlets' classes with abstract methods."""
+
+
+class LiveWidget(anywidget.AnyWidget, metaclass=_Meta):
     """The base of the book's widgets: traits that are synchronised are the whole state.
 
     A widget says which `kind` of `js/live.mjs` it is, gives its controls as traits, and draws a
@@ -54,9 +59,9 @@ class LiveWidget(anywidget.AnyWidget):
     title = traitlets.Unicode().tag(sync=True)
     roles = traitlets.Dict(ROLES).tag(sync=True)
 
+    @abc.abstractmethod
     def still(self) -> tuple[Figure, str]:
         """A picture of the widget as it stands, and the same in words."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """What the JavaScript is given on a page without a kernel."""

@@ -38,6 +38,15 @@ def _path(problem: InverseProblem, event: int) -> tuple[jax.Array, jax.Array]:
     return truth, jax.random.normal(k_noise, truth.shape)
 
 
+def _seen(
+    problem: InverseProblem, start: int, length: int, noise: float, event: int
+) -> tuple[jax.Array, Event]:
+    """The path of an event, and what a gap leaves to be seen of it."""
+    truth, errors = _path(problem, event)
+    mask = gap(truth.size, start, length)
+    return truth, Event(truth + noise * errors, mask, jnp.full(truth.shape, noise))
+
+
 def gap_picture(
     posterior: AmortizedPosterior,
     problem: InverseProblem,
@@ -62,15 +71,12 @@ def gap_picture(
     """
     if problem.prior is None:
         raise ValueError("expected a problem with its prior: the exact posterior needs it")
-    truth, errors = _path(problem, event)
-    y = truth + noise * errors
-    sd = jnp.full(truth.shape, noise)
-    observed = Event(y, gap(truth.size, start, length), sd)
+    truth, observed = _seen(problem, start, length, noise, event)
     mean, spread, head_mean, head_sd, distance = _answers(posterior, problem.prior, observed)
     return GapPicture(
         t=np.arange(truth.size),
         truth=np.asarray(truth),
-        y=np.asarray(y),
+        y=np.asarray(observed.y),
         mask=np.asarray(observed.mask),
         exact_mean=np.asarray(mean),
         exact_sd=np.asarray(spread),
@@ -168,9 +174,7 @@ class GapExplorer(LiveWidget):
 
     def seen(self) -> Event:
         """The event as the sliders stand."""
-        truth, errors = _path(self.problem, self.event)
-        mask = gap(truth.size, self.start, self.length)
-        return Event(truth + self.noise * errors, mask, jnp.full(truth.shape, self.noise))
+        return _seen(self.problem, self.start, self.length, self.noise, self.event)[1]
 
     def picture(self) -> GapPicture:
         """Both posteriors as the sliders stand, computed by amortlib."""

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from amortlib.problems import Window
+from amortlib.problems import InverseProblem, Window
 
 
 class FixedSteps(eqx.Module):
@@ -37,6 +37,11 @@ class FixedSteps(eqx.Module):
     def like(cls, window: Window) -> FixedSteps:
         """The same window, in this form."""
         return cls(window.dynamics, window.operator, window.dt, window.states, window.substeps)
+
+    @classmethod
+    def in_place(cls, problem: InverseProblem) -> InverseProblem:
+        """The problem with its window in this form."""
+        return eqx.tree_at(lambda p: p.forward, problem, cls.like(problem.forward))
 
     def model(self, x: jax.Array) -> jax.Array:
         """The forecast from one state of the window to the next."""

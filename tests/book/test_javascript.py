@@ -331,8 +331,7 @@ WINDOWS: dict[str, Callable[[], InverseProblem]] = {
 def test_the_energy_of_a_window_and_its_derivatives(tmp_path: Path, name: str) -> None:
     """J, its slope and both Hessians at random controls, and where three damped steps lead."""
     with jax.enable_x64(True):
-        problem = to_double(WINDOWS[name]())
-        problem = eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+        problem = FixedSteps.in_place(to_double(WINDOWS[name]()))
         energy = Energy(problem.prior, problem.forward)
 
         @jax.jit

@@ -31,7 +31,7 @@ N = 6
 def window() -> InverseProblem:
     """Six states with large steps: a small window whose J may have more than one minimum."""
     problem = lorenz63(states=N, dt=0.08, substeps=1, noise=2.0, operator=Select((0, 1)))
-    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+    return FixedSteps.in_place(problem)
 
 
 @pytest.fixture(scope="module")

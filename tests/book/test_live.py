@@ -52,8 +52,7 @@ def two_heads() -> GapExplorer:
 
 def window() -> InverseProblem:
     """The window of the chapter The variational ladder."""
-    problem = lorenz63(noise=2.0, substeps=2, operator=Select((0, 1)))
-    return eqx.tree_at(lambda p: p.forward, problem, FixedSteps.like(problem.forward))
+    return FixedSteps.in_place(lorenz63(noise=2.0, substeps=2, operator=Select((0, 1))))
 
 
 EXAMPLES: dict[str, Callable[[], LiveWidget]] = {
@@ -159,6 +158,13 @@ def opened(tab: Any, address: str) -> Any:
     tab.goto(address, wait_until="load")
     tab.wait_for_function(READY)
     return tab
+
+
+def put(tab: Any, widget: LiveWidget, at: dict[str, Any]) -> None:
+    """Move the sliders on the page, and the same ones of the widget in Python."""
+    tab.evaluate(PUT, at)
+    for name, position in at.items():
+        setattr(widget, name, position)
 
 
 def value(tab: Any, name: str) -> float:
@@ -299,9 +305,7 @@ def test_the_page_says_what_amortlib_says(tab: Any, shelf: Shelf) -> None:
             "event": int(rng.integers(20)),
             "noise": round(0.05 * int(rng.integers(2, 21)), 2),
         }
-        tab.evaluate(PUT, at)
-        for name, position in at.items():
-            setattr(widget, name, position)
+        put(tab, widget, at)
         said, expected = tab.inner_text(".live-words"), widget.picture().words()
         number = r"\d+(?:\.\d+)?"
         assert re.sub(number, "#", said) == re.sub(number, "#", expected)
@@ -325,9 +329,7 @@ def test_ranks_on_the_page_are_those_of_numpy(tab: Any, shelf: Shelf) -> None:
             "width": round(0.05 * int(rng.integers(10, 41)), 2),
             "correlation": round(0.05 * int(rng.integers(-19, 20)), 2),
         }
-        tab.evaluate(PUT, at)
-        for name, position in at.items():
-            setattr(widget, name, position)
+        put(tab, widget, at)
         assert tab.inner_text(".live-words") == widget.picture().words()
 
 
@@ -343,10 +345,8 @@ def test_the_page_finds_the_minima_that_amortlib_finds(tab: Any, shelf: Shelf) -
     for _ in range(12):
         at = {"start": int(rng.integers(4)), "length": int(rng.integers(11))}
         at["event"] = int(rng.integers(20))
-        tab.evaluate(PUT, at)
+        put(tab, widget, at)
         tab.wait_for_function("document.querySelector('.live-words').textContent.includes('holds')")
-        for name, position in at.items():
-            setattr(widget, name, position)
         said, picture = tab.inner_text(".live-words"), widget.picture()
         assert f"{(~picture.mask).sum()} of 10 times" in said
         inside = float(re.search(r"holds (\d+)%", said)[1]) / 100
@@ -470,9 +470,7 @@ def test_the_lines_cross_where_the_formula_says(tab: Any, shelf: Shelf) -> None:
         {"training": 3.0, "solver": 2.0, "head": -4.0, "share": 0.25},
         {"training": 3.0, "solver": -4.0, "head": -3.0, "share": 0.0},
     ):
-        tab.evaluate(PUT, at)
-        for name, position in at.items():
-            setattr(widget, name, position)
+        put(tab, widget, at)
         even = widget.break_even()
         words = "never pays" if np.isinf(even) else f"from {np.ceil(even):,.0f} events on"
         assert words in tab.inner_text(".live-words")
@@ -488,6 +486,14 @@ def test_costs_beyond_the_sliders_are_refused(bad: dict, words: str) -> None:
 
 
 # --- what cannot be shown is said ---
+
+
+def test_a_widget_without_a_still_picture_cannot_be_made() -> None:
+    class Nothing(LiveWidget):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract method '?still'?"):
+        Nothing(kind="gap")
 
 
 def test_weights_of_another_version_are_refused_in_words(tab: Any, shelf: Shelf) -> None:

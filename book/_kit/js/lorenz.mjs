@@ -98,10 +98,15 @@ export class WindowEnergy {
     this.directions = Float64Array.from({ length: 9 }, (_, i) => prior.chol[(i % D) * D + Math.floor(i / D)]);
   }
 
+  /** B^{1/2} v. */
+  scaled(v) {
+    const { chol } = this.prior;
+    return Float64Array.from({ length: D }, (_, i) => chol[i * D] * v[0] + chol[i * D + 1] * v[1] + chol[i * D + 2] * v[2]);
+  }
+
   /** The state of a control. */
   state(v) {
-    const { loc, chol } = this.prior;
-    return Float64Array.from(loc, (x, i) => x + chol[i * D] * v[0] + chol[i * D + 1] * v[1] + chol[i * D + 2] * v[2]);
+    return this.scaled(v).map((x, i) => x + this.prior.loc[i]);
   }
 
   /** The control of a state. */
@@ -151,6 +156,22 @@ export class WindowEnergy {
     return out;
   }
 
+  /** Curvature at a minimum: the full Hessian, or the Gauss-Newton one where that bends down. */
+  bowlAt(v) {
+    return bowl(v, this.hessian(v)) ?? bowl(v, this.look(v).gauss);
+  }
+
+  /** A root of the covariance of a bowl, of the state: B^{1/2} L^-T. */
+  rootOf({ low }) {
+    const root = new Float64Array(D * D);
+    for (let k = 0; k < D; k++) {
+      const unit = new Float64Array(D);
+      unit[k] = 1;
+      this.scaled(solveUpper(low, unit, D)).forEach((x, i) => (root[i * D + k] = x));
+    }
+    return root;
+  }
+
   /**
    * Damped Gauss-Newton steps from a control; the mirror of `amortlib.refine`. The last of the
    * returned looks is where they end; a search stops early where the slope has gone.
@@ -189,6 +210,11 @@ export class WindowEnergy {
     }
     return kept;
   }
+}
+
+/** Entry (i, j) of the covariance with a root: B too, whose root is its Cholesky factor. */
+export function covarianceIn(root, i, j) {
+  return root[i * D] * root[j * D] + root[i * D + 1] * root[j * D + 1] + root[i * D + 2] * root[j * D + 2];
 }
 
 export const distance = (a, b) => Math.hypot(...a.map((x, i) => x - b[i]));

@@ -38,7 +38,7 @@ export class Plot {
     this.y = { ...y };
     Object.assign(this, { height, left, right, top, bottom, wide, three, xTicks, yTicks });
     this.width = 0;
-    this.root = svg("svg", { class: "live-plot", height, "aria-hidden": "false" });
+    this.root = svg("svg", { class: "live-plot", height });
     this.picture = svg("g", { role: "img", "aria-label": label }, this.root);
     this.ground = svg("g", {}, this.picture);
     this.axes = svg("g", { fill: INK, "font-size": FONT, stroke: "none" }, this.picture);

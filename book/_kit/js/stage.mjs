@@ -40,8 +40,9 @@ export class Stage {
     return this.model.get(name);
   }
 
-  /** Set values of the model, as a control does; the picture is drawn once. */
+  /** Set values of the model, as a control does; the picture is drawn once, and only if one changed. */
   set(values) {
+    if (Object.entries(values).every(([name, value]) => this.get(name) === value)) return;
     this.held = true;
     for (const [name, value] of Object.entries(values)) this.model.set(name, value);
     this.held = false;
@@ -101,8 +102,8 @@ export class Stage {
   /**
    * A handle on a plot, dragged along x by mouse or finger and moved by the arrow keys.
    *
-   * `min`, `max`: its ends; `get`, `put`: the whole number that it stands for; `shape(made, pixel)`
-   * places it; `near`: what is dragged is the number nearest to the pointer plus where it was taken.
+   * `get`, `put`: the whole number that it stands for, from `min()` to `max()`; `place(made)`: where
+   * it is now; `said`: the number in words. Returns what puts it in place.
    */
   handle(plot, { label, min, max, get, put, place, attributes = {}, said = String }) {
     const made = svg("rect", { class: "live-handle", tabindex: 0, role: "slider", "aria-label": label, ...attributes }, plot.handles);
@@ -190,9 +191,13 @@ export class Stage {
    */
   later(work, shown) {
     const slice = () => {
-      const done = work(performance.now() + SLICE);
-      if (done || !this.calm) shown(done);
-      if (!done) this.job = requestAnimationFrame(slice);
+      try {
+        const done = work(performance.now() + SLICE);
+        if (done || !this.calm) shown(done);
+        if (!done) this.job = requestAnimationFrame(slice);
+      } catch (error) {
+        this.fail(error);
+      }
     };
     this.job = requestAnimationFrame(slice);
   }
@@ -208,7 +213,7 @@ export class Stage {
   fail(error) {
     console.warn(error);
     this.draw = null;
-    this.root.replaceChildren(html("p", { class: "live-error", role: "alert" }, `This widget cannot start: ${error.message}`));
+    this.root.replaceChildren(html("p", { class: "live-error", role: "alert" }, `This widget cannot go on: ${error.message}`));
   }
 
   /**

@@ -3,7 +3,7 @@
 import { kl } from "../gaussian.mjs";
 import { exactPosterior, gap, loadPosterior, priorOf } from "../posterior.mjs";
 import { readWeights } from "../weights.mjs";
-import { gapControls, gapHandles } from "./gap_handles.mjs";
+import { gapControls, gapHandles, placeOf } from "./gap_handles.mjs";
 
 const Z = 1.96;
 
@@ -76,8 +76,7 @@ export function gapExplorer(stage) {
 
   stage.watch("start", "length", "noise", "event", "head", "overlay");
   return () => {
-    const at = Object.fromEntries(["start", "length", "noise", "event", "head"].map((name) => [name, stage.get(name)]));
-    const found = numbers.answer(at);
+    const found = numbers.answer({ ...placeOf(stage), noise: stage.get("noise"), head: stage.get("head") });
     const side = ({ mean, sd }, z) => mean.map((m, i) => m + z * sd[i]);
     const { truth, y, mask, exact, head } = found;
     place();

@@ -5,6 +5,15 @@ export function gapControls(stage, n) {
   stage.slider({ name: "length", label: "gap length", min: 0, max: n });
 }
 
+/** The gap and the event. */
+export function placeControls(stage, n) {
+  gapControls(stage, n);
+  stage.slider({ name: "event", label: "event", min: 0, max: stage.get("events") - 1 });
+}
+
+/** Where those stand. */
+export const placeOf = (stage) => Object.fromEntries(["start", "length", "event"].map((name) => [name, stage.get(name)]));
+
 /** Handles on a plot whose x counts times from 0; returns what puts shade and handles in place. */
 export function gapHandles(stage, plot, n) {
   // The gap as the picture shows it, cut at the end of the record.

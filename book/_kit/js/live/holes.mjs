@@ -5,8 +5,8 @@ import { loadFlow } from "../flow.mjs";
 import { fromBowl, sampler } from "../lorenz.mjs";
 import { normals, uniforms } from "../noise.mjs";
 import { loadScore } from "../score.mjs";
-import { gapControls, gapHandles } from "./gap_handles.mjs";
-import { landscapeNumbers } from "./landscape.mjs";
+import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
+import { windowEvents } from "./window_events.mjs";
 
 const DRAWS = 200;
 const PATHS = 40;
@@ -21,7 +21,7 @@ function pick(logWeights, u) {
 }
 
 /** The Gaussian with the mean and the covariance of weighted draws of a state: a draw from noise. */
-export function bestGaussian(states, weights) {
+function bestGaussian(states, weights) {
   const mean = [0, 1, 2].map((i) => states.reduce((sum, x, n) => sum + weights[n] * x[i], 0));
   const covariance = new Float64Array(9);
   states.forEach((x, n) => {
@@ -32,7 +32,7 @@ export function bestGaussian(states, weights) {
 }
 
 /** What each answer gives for one event: functions of noise, one draw a call. */
-export function answersOf({ energy, bowls, flow, score, event }, noise, uniform) {
+function answersOf({ energy, bowls, flow, score, event }, noise, uniform) {
   const reference = sampler(energy, bowls, noise);
   const fromFlow = flow(event);
   const fromScore = score(event);
@@ -48,11 +48,10 @@ export function answersOf({ energy, bowls, flow, score, event }, noise, uniform)
 
 export function holes(stage) {
   const roles = stage.get("roles");
-  const numbers = landscapeNumbers(stage.get("window"), stage.get("data"));
+  const numbers = windowEvents(stage.get("window"), stage.get("data"));
   const [flow, score] = [loadFlow(stage.get("flow")), loadScore(stage.get("score"))];
   const { times, window } = numbers;
-  gapControls(stage, times);
-  stage.slider({ name: "event", label: "event", min: 0, max: stage.get("events") - 1 });
+  placeControls(stage, times);
   stage.choice({ name: "shown", label: "paths of", options: Object.fromEntries(NAMES.map((name) => [name, name])) });
 
   const colours = { posterior: roles.exact, Laplace: roles.prior, "best Gaussian": roles.prior, flow: roles.amortized, score: roles.amortized };
@@ -88,12 +87,10 @@ export function holes(stage) {
   const t = Array.from({ length: times }, (_, k) => k);
   const { unit } = stage.get("window").sees;
   const noises = Object.fromEntries(NAMES.map((name, i) => [name, normals(20 + i, 3 * (name === "posterior" ? REFERENCE : DRAWS))]));
-  // x of a state at the observed times; the sign of the later ones follows from the states.
-  const signed = numbers.plainPath(stage.get("window"));
 
   stage.watch("start", "length", "event", "shown");
   return () => {
-    const at = { start: stage.get("start"), length: stage.get("length"), event: stage.get("event") };
+    const at = placeOf(stage);
     const shown = stage.get("shown");
     const energy = numbers.energy(at);
     const bowls = numbers.survey(energy);
@@ -105,7 +102,7 @@ export function holes(stage) {
     place();
     const truth = numbers.truth(at.event);
     const seen = t.map((k) => mask[k * window.width]);
-    path.line("truth", t, signed(truth), { color: roles.truth, width: 2.2 });
+    path.line("truth", t, numbers.xOf(truth), { color: roles.truth, width: 2.2 });
     const size = t.map((k) => (k === 0 ? y[0] : Math.sqrt(Math.max(y[k * window.width], 0) * unit)));
     const dots = t.flatMap((k) => (seen[k] ? (k === 0 ? [[k, size[k]]] : [[k, size[k]], [k, -size[k]]]) : []));
     path.dots("obs", dots.map(([k]) => k), dots.map(([, x]) => x), { color: roles.obs, radius: 4 });
@@ -116,7 +113,7 @@ export function holes(stage) {
         const made = draws[name];
         clouds[name].dots("draws", made.map((x) => x[0]), made.map((x) => x[2]), { color: colours[name], radius: 1.5, opacity: 0.7 });
       }
-      const lines = draws[shown].slice(0, PATHS).map(signed);
+      const lines = draws[shown].slice(0, PATHS).map(numbers.xOf);
       const xs = lines.flatMap(() => [...t, NaN]);
       path.line("draws", xs, lines.flatMap((line) => [...line, NaN]), { color: colours[shown], width: 0.8 });
     };

@@ -1,11 +1,11 @@
 /** The way from network to solver: k damped steps on J from a head's guess, and the three gates. */
 
-import { bowl, fromBowl } from "../lorenz.mjs";
-import { normals, uniforms } from "../noise.mjs";
 import { solveLower, solveUpper } from "../gaussian.mjs";
+import { covarianceIn, fromBowl } from "../lorenz.mjs";
+import { normals, uniforms } from "../noise.mjs";
 import { loadPosterior } from "../posterior.mjs";
-import { landscapeNumbers } from "./landscape.mjs";
-import { gapControls, gapHandles } from "./gap_handles.mjs";
+import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
+import { windowEvents } from "./window_events.mjs";
 
 const MOST = 6;
 const DRAWS = 49;
@@ -39,8 +39,8 @@ export function jacobianError(got, want) {
   return error > 0 ? Infinity : 0;
 }
 
-/** d state / dy by the implicit function theorem at a control, with a curvature's factor. */
-export function implicitJacobian(energy, v, low) {
+/** d state / dy by the implicit function theorem at a bowl. */
+export function implicitJacobian(energy, { v, low }) {
   const { jacobian } = energy.window.tangent(energy.state(v), energy.directions);
   const { mask, sd } = energy.event;
   const n = mask.length;
@@ -48,8 +48,7 @@ export function implicitJacobian(energy, v, low) {
   for (let i = 0; i < n; i++) {
     if (!mask[i]) continue;
     const column = Float64Array.from([0, 1, 2], (j) => jacobian[i * D + j] / sd[i] ** 2);
-    const dv = solveUpper(low, solveLower(low, column, D), D);
-    for (let r = 0; r < D; r++) out[r * n + i] = [0, 1, 2].reduce((sum, c) => sum + energy.prior.chol[r * D + c] * dv[c], 0);
+    energy.scaled(solveUpper(low, solveLower(low, column, D), D)).forEach((x, r) => (out[r * n + i] = x));
   }
   return out;
 }
@@ -70,23 +69,10 @@ export function differenceJacobian(event, map, h = 1e-4) {
   return out;
 }
 
-/** Standard deviations of the components of the state around a bowl. */
-function spreadOf({ low }, chol) {
-  const variance = [0, 0, 0];
-  for (let k = 0; k < D; k++) {
-    const z = Float64Array.from([0, 1, 2], (i) => (i === k ? 1 : 0));
-    const column = solveUpper(low, z, D);
-    for (let r = 0; r < D; r++) variance[r] += [0, 1, 2].reduce((sum, c) => sum + chol[r * D + c] * column[c], 0) ** 2;
-  }
-  return variance.map(Math.sqrt);
-}
-
 /** All that the widget computes. */
 export function ladderNumbers(settings, bytes, head) {
-  const numbers = landscapeNumbers(settings, bytes);
+  const numbers = windowEvents(settings, bytes);
   const guess = loadPosterior(head);
-  const { prior } = numbers;
-  const curved = (energy, v) => bowl(v, energy.hessian(v)) ?? bowl(v, energy.look(v).gauss);
   const starting = (energy, event) => energy.control(guess(event).mean());
 
   return {
@@ -94,13 +80,13 @@ export function ladderNumbers(settings, bytes, head) {
     /** The lowest minimum of an event, with its curvature and Jacobian. */
     oracle(energy) {
       const [lowest] = energy.minima(numbers.starts);
-      const curvature = curved(energy, lowest.v);
+      const curvature = energy.bowlAt(lowest.v);
+      const root = energy.rootOf(curvature);
       return {
-        v: lowest.v,
         x: energy.state(lowest.v),
         cost: lowest.cost,
-        spread: spreadOf(curvature, prior.chol),
-        jacobian: implicitJacobian(energy, lowest.v, curvature.low),
+        spread: [0, 1, 2].map((i) => Math.sqrt(covarianceIn(root, i, i))),
+        jacobian: implicitJacobian(energy, curvature),
       };
     },
     /** The looks of k steps from the guess. */
@@ -110,7 +96,7 @@ export function ladderNumbers(settings, bytes, head) {
     /** Relative error of the Jacobian of the answer after k steps, the second gate's. */
     adjoint(energy, k, v, oracle, derivative) {
       if (k === 0) return jacobianError(differenceJacobian(energy.event, (event) => guess(event).mean()), oracle.jacobian);
-      if (derivative === "implicit") return jacobianError(implicitJacobian(energy, v, curved(energy, v).low), oracle.jacobian);
+      if (derivative === "implicit") return jacobianError(implicitJacobian(energy, energy.bowlAt(v)), oracle.jacobian);
       const unrolled = (event) => {
         const other = Object.assign(Object.create(Object.getPrototypeOf(energy)), energy, { event });
         const looks = other.refine(starting(other, event), k);
@@ -120,7 +106,7 @@ export function ladderNumbers(settings, bytes, head) {
     },
     /** Rank of J at the truth among draws of the answer: the head's own, or Laplace's at its end. */
     rank(energy, k, v, truth, noise, uniform) {
-      const answer = k === 0 ? guess(energy.event) : curved(energy, v);
+      const answer = k === 0 ? guess(energy.event) : energy.bowlAt(v);
       const here = energy.cost(energy.control(truth));
       let below = 0;
       for (let i = 0; i < DRAWS; i++) {
@@ -142,8 +128,7 @@ export function ladder(stage) {
   const { times, window } = numbers;
   const events = stage.get("events");
   stage.slider({ name: "steps", label: "steps, k", min: 0, max: MOST });
-  gapControls(stage, times);
-  stage.slider({ name: "event", label: "event", min: 0, max: events - 1 });
+  placeControls(stage, times);
   stage.choice({ name: "derivative", label: "derivative", options: { implicit: "implicit", unrolled: "unrolled" } });
 
   const path = stage.plot({
@@ -186,14 +171,13 @@ export function ladder(stage) {
   stage.watch("steps", "start", "length", "event", "derivative");
   return () => {
     const [k, derivative] = [stage.get("steps"), stage.get("derivative")];
-    const gap = { start: stage.get("start"), length: stage.get("length") };
+    const { event, ...gap } = placeOf(stage);
     const key = `${gap.start}/${gap.length}`;
     if (key !== kept.key) kept = { key, oracles: new Array(events) };
     const { oracles } = kept;
     const energyOf = (event) => numbers.energy({ ...gap, event });
     const oracleOf = (event, energy) => (oracles[event] ??= numbers.oracle(energy));
 
-    const event = stage.get("event");
     const energy = energyOf(event);
     const oracle = oracleOf(event, energy);
     const looks = numbers.steps(energy, k);

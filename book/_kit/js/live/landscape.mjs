@@ -1,78 +1,19 @@
 /** The energy landscape: the minima of J for a gappy window, and the posterior beside them. */
 
-import { WindowEnergy, bowl, lorenzWindow, sampler, squaredIn } from "../lorenz.mjs";
+import { solveLower, solveUpper } from "../gaussian.mjs";
+import { covarianceIn, sampler, squaredIn } from "../lorenz.mjs";
 import { normals, uniforms } from "../noise.mjs";
-import { gap } from "../posterior.mjs";
-import { readWeights } from "../weights.mjs";
-import { gapControls, gapHandles } from "./gap_handles.mjs";
+import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
+import { windowEvents } from "./window_events.mjs";
 
-/** Nats: a minimum higher than this above the lowest is no rival. */
-const RIVAL = 20;
 const CHI2_95 = 7.8147;
 const CHI2_95_PLANE = 5.9915;
 const DRAWS = 2500;
 const DOTS = 300;
 
-/** What is drawn, from the packed window, its events and the starts of the searches. */
-export function landscapeNumbers(settings, bytes) {
-  const { tensors } = readWeights(bytes);
-  const window = lorenzWindow(settings);
-  const prior = { loc: tensors["['loc']"].data, chol: tensors["['chol']"].data };
-  const row = (name, i, size) => tensors[`['${name}']`].data.subarray(i * size, (i + 1) * size);
-  const starts = Array.from({ length: tensors["['starts']"].shape[0] }, (_, i) => row("starts", i, 3));
-  const { times, width } = window;
-  return {
-    times,
-    window,
-    prior,
-    starts,
-    /** x of a state at the observed times, whatever the window sees of it. */
-    plainPath(settings) {
-      const plain = lorenzWindow({ ...settings, sees: { components: [0], stride: settings.sees.stride } });
-      return (x0) => Array.from(plain.path(x0));
-    },
-    truth: (event) => row("truth", event, 3),
-    y: (event) => row("y", event, times * width),
-    energy({ start, length, event }) {
-      const seen = gap(times, start, length);
-      const mask = Array.from({ length: times * width }, (_, i) => seen[Math.floor(i / width)]);
-      const sd = new Float64Array(times * width).fill(settings.noise);
-      return new WindowEnergy(window, prior, { y: row("y", event, times * width), mask, sd });
-    },
-    /** Minima within reach of the lowest, with their curvature. */
-    survey(energy) {
-      const found = energy.minima(starts);
-      return found
-        .filter(({ cost }) => cost <= found[0].cost + RIVAL)
-        .map(({ v, cost }) => ({ cost, v, ...bowlOf(energy, v) }));
-    },
-  };
-}
-
-/** Curvature at a minimum: the full Hessian, or the Gauss-Newton one where that bends down. */
-function bowlOf(energy, v) {
-  return bowl(v, energy.hessian(v)) ?? bowl(v, energy.look(v).gauss);
-}
-
-/** Covariance of a bowl in two components of the state. */
-function planeCovariance({ low }, chol, [i, j]) {
-  // Columns of B^{1/2} L^{-T}: a root of the covariance.
-  const inverse = [0, 1, 2].map((k) => {
-    const z = [0, 0, 0];
-    z[k] = 1;
-    for (let r = 2; r >= 0; r--) {
-      for (let c = r + 1; c < 3; c++) z[r] -= low[c * 3 + r] * z[c];
-      z[r] /= low[r * 4];
-    }
-    return z;
-  });
-  const at = (r, k) => chol[r * 3] * inverse[k][0] + chol[r * 3 + 1] * inverse[k][1] + chol[r * 3 + 2] * inverse[k][2];
-  const sum = (a, b) => [0, 1, 2].reduce((total, k) => total + at(a, k) * at(b, k), 0);
-  return [sum(i, i), sum(i, j), sum(j, j)];
-}
-
 /** The ellipse that holds 95% of a Gaussian in the plane. */
-export function ellipse([cx, cy], [xx, xy, yy]) {
+function ellipse([cx, cy], root, [i, j]) {
+  const [xx, xy, yy] = [covarianceIn(root, i, i), covarianceIn(root, i, j), covarianceIn(root, j, j)];
   const a = Math.sqrt(xx * CHI2_95_PLANE);
   const b = (xy / xx) * a;
   const c = Math.sqrt(Math.max(yy - xy ** 2 / xx, 0) * CHI2_95_PLANE);
@@ -82,22 +23,16 @@ export function ellipse([cx, cy], [xx, xy, yy]) {
 
 /** The direction in which J is weakest, one standard deviation long: inverse iteration. */
 function weakest({ low }) {
-  let z = [1, 0.7, 0.4];
+  let z = Float64Array.of(1, 0.7, 0.4);
+  let size = 1;
   for (let n = 0; n < 60; n++) {
-    for (let r = 0; r < 3; r++) {
-      for (let c = 0; c < r; c++) z[r] -= low[r * 3 + c] * z[c];
-      z[r] /= low[r * 4];
-    }
-    for (let r = 2; r >= 0; r--) {
-      for (let c = r + 1; c < 3; c++) z[r] -= low[c * 3 + r] * z[c];
-      z[r] /= low[r * 4];
-    }
-    const size = Math.hypot(...z);
+    z = solveUpper(low, solveLower(low, z, 3), 3);
+    size = Math.hypot(...z);
     z = z.map((x) => x / size);
   }
-  const image = [0, 1, 2].map((c) => z.reduce((sum, x, r) => sum + (r >= c ? low[r * 3 + c] * x : 0), 0));
+  // Its image under the inverse Hessian is `size` times as long: the variance along it.
   const largest = z.reduce((best, x) => (Math.abs(x) > Math.abs(best) ? x : best), 0);
-  return z.map((x) => (x * Math.sign(largest)) / Math.hypot(...image));
+  return z.map((x) => x * Math.sign(largest) * Math.sqrt(size));
 }
 
 /** The picture in words; the same as `LandscapePicture.words`, the last sentence once it is known. */
@@ -116,12 +51,11 @@ export function landscapeWords({ times, missing, bowls, inside }) {
 
 export function landscape(stage) {
   const roles = stage.get("roles");
-  const numbers = landscapeNumbers(stage.get("window"), stage.get("data"));
+  const numbers = windowEvents(stage.get("window"), stage.get("data"));
   const { times, window, prior } = numbers;
   const components = stage.get("components");
   const [first, second] = stage.get("names");
-  gapControls(stage, times);
-  stage.slider({ name: "event", label: "event", min: 0, max: stage.get("events") - 1 });
+  placeControls(stage, times);
 
   const path = stage.plot({
     label: `Forecasts of ${first} over the window from the lowest minima, beside the truth and the observations`,
@@ -137,7 +71,7 @@ export function landscape(stage) {
     height: 260,
   });
   const [i, j] = components;
-  const spread = (k) => Math.sqrt([0, 1, 2].reduce((sum, c) => sum + prior.chol[k * 3 + c] ** 2, 0));
+  const spread = (k) => Math.sqrt(covarianceIn(prior.chol, k, k));
   const plane = stage.plot({
     label: `The plane of ${first} and ${second} at time 0: draws of the posterior, Laplace's ellipses, the background`,
     x: { label: `${first} at time 0`, from: prior.loc[i] - 3 * spread(i), to: prior.loc[i] + 3 * spread(i) },
@@ -157,12 +91,12 @@ export function landscape(stage) {
   const noise = normals(5, 3 * DRAWS);
   const t = Array.from({ length: times }, (_, k) => k);
   const seenFirst = (clean) => t.map((k) => clean[k * window.width]);
-  const back = ellipse([prior.loc[i], prior.loc[j]], backCovariance(prior.chol, components));
+  const back = ellipse([prior.loc[i], prior.loc[j]], prior.chol, components);
   const colours = [roles.amortized, roles.obs];
 
   stage.watch("start", "length", "event");
   return () => {
-    const at = { start: stage.get("start"), length: stage.get("length"), event: stage.get("event") };
+    const at = placeOf(stage);
     const energy = numbers.energy(at);
     const bowls = numbers.survey(energy);
     const { mask, y } = energy.event;
@@ -177,7 +111,7 @@ export function landscape(stage) {
     for (const k of [0, 1]) {
       const color = colours[k];
       path.line(`path ${k}`, t, two[k] ? seenFirst(window.path(states[k])) : [], { color });
-      const [xs, ys] = two[k] ? ellipse([states[k][i], states[k][j]], planeCovariance(two[k], prior.chol, components)) : [[], []];
+      const [xs, ys] = two[k] ? ellipse([states[k][i], states[k][j]], energy.rootOf(two[k]), components) : [[], []];
       plane.line(`ellipse ${k}`, xs, ys, { color });
       plane.dots(`mode ${k}`, two[k] ? [states[k][i]] : [], two[k] ? [states[k][j]] : [], { color, radius: 5 });
     }
@@ -217,10 +151,4 @@ export function landscape(stage) {
     );
     return landscapeWords({ times, missing, bowls });
   };
-}
-
-/** Of B, in two components. */
-function backCovariance(chol, [i, j]) {
-  const sum = (a, b) => [0, 1, 2].reduce((total, c) => total + chol[a * 3 + c] * chol[b * 3 + c], 0);
-  return [sum(i, i), sum(i, j), sum(j, j)];
 }
