@@ -27,6 +27,7 @@ from tools.chapters import (
     read_pages,
     read_state,
 )
+from tools.downloads import ARCHIVE
 
 MATHJAX_PARTS = (
     "tex-chtml.js",
@@ -180,6 +181,39 @@ def name_roles(
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def offer_downloads(
+    app: Sphinx, pagename: str, _template: str, context: dict[str, Any], _doctree: Any
+) -> None:
+    """Tell the theme that the page can be had as a notebook: tools.downloads writes it."""
+    if pagename in app.env.all_docs and pagename in _notebooks(app):
+        context["ipynb_source"] = f"{pagename}.ipynb"
+
+
+def offer_archive(
+    _app: Sphinx, _pagename: str, _template: str, context: dict[str, Any], _doctree: Any
+) -> None:
+    """Among the downloads, the whole book."""
+    for group in context.get("header_buttons", []):
+        if group.get("label") == "download-buttons":
+            group["buttons"].append(
+                {
+                    "type": "link",
+                    "url": context["pathto"](ARCHIVE, 1),
+                    "text": ".zip",
+                    "icon": "fas fa-book",
+                    "tooltip": "Download the whole book, to read offline",
+                    "label": "download-book-button",
+                }
+            )
+
+
+def _notebooks(app: Sphinx) -> set[str]:
+    if not hasattr(app, "book_notebooks"):
+        pages = read_pages(Path(app.srcdir))
+        app.book_notebooks = {page.docname for page in pages if page.is_notebook}  # ty: ignore
+    return app.book_notebooks  # ty: ignore
+
+
 LIVE_SCRIPT, LIVE_STYLE = "live.js", "live.css"
 
 
@@ -237,6 +271,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", lambda app, _config: disconnect_thebe(app))
     app.connect("html-page-context", name_roles)
     app.connect("html-page-context", add_live_widgets)
+    app.connect("html-page-context", offer_downloads)
+    app.connect("html-page-context", offer_archive, priority=502)  # the theme's own come with 501
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", write_live_widgets)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

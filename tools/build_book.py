@@ -51,6 +51,7 @@ from tools.chapters import (
     read_pages,
     read_state,
 )
+from tools.downloads import ARCHIVE, write_archive, write_notebooks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,14 @@ SITE_INPUTS = ("_config.yml", "_toc.yml", "requirements.txt", "book")
 All of them, because pages hang together: a citation that is new on one page renumbers those of the
 list of references, and Sphinx would leave the links of the other pages as they were.
 """
+
+EXTENSION = (
+    "tools/book_extension.py",
+    "tools/chapters.py",
+    "tools/downloads.py",
+    "tools/notebooks.py",
+)
+"""What shapes the pages beside the book's own files."""
 
 CELL_TIMEOUT_S = 300
 
@@ -173,7 +182,7 @@ def digest_of(root: Path, inputs: tuple[str, ...]) -> str:
 
 def site_key(root: Path, state: dict[str, Any]) -> str:
     """Return the hash of everything that shapes the rendered pages."""
-    extension = digest_of(REPOSITORY, ("tools/book_extension.py", "tools/chapters.py"))
+    extension = digest_of(REPOSITORY, EXTENSION)
     executed = json.dumps(state, sort_keys=True)
     text = digest_of(root, SITE_INPUTS) + extension + executed
     return hashlib.sha256(text.encode()).hexdigest()
@@ -522,6 +531,10 @@ def build(
     if code:
         print(f"\nThe pages were not rendered cleanly (exit code {code}); see the warnings above.")
         return code
+    if from_scratch or not (root / HTML / ARCHIVE).exists():
+        merged = {n: cache.merge_match_into_notebook(nb)[1] for n, nb in notebooks.items()}
+        write_notebooks(root, root / HTML, pages, merged)
+        write_archive(root / HTML)
     key_file.write_text(wanted, encoding="utf-8")
 
     errors, warnings = budget_messages(

@@ -1,9 +1,10 @@
-"""The widgets' other home: a page of MyST opened as a notebook in JupyterLab, with a kernel."""
+"""The chapters' other home: pages of MyST opened as notebooks in JupyterLab, with a kernel."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from tools.chapters import read_page, toc_names
+
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = [name for name in toc_names(ROOT) if read_page(ROOT, name).is_notebook]
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +69,14 @@ MOVE = """([kind, name, value]) => {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """JupyterLab as Binder starts it (`postBuild`), over a folder with one page."""
+    """JupyterLab as Binder starts it (`postBuild`), over the chapters and one page of widgets."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "page.md").write_text(NOTEBOOK, encoding="utf-8")
+    # The chapters' folder as a reader has it: what JupyterLab saves must not come back here.
+    for name in ("data", "weights", "_kit"):
+        (folder / name).symlink_to(ROOT / "book" / name)
+    for name in NOTEBOOKS:
+        shutil.copy2(ROOT / f"{name}.md", folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -80,6 +89,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     subprocess.run(viewer, env=environment, check=True)
     settings = {"port": port, "root_dir": folder, "token": "", "password": ""}
     flags = [f"--ServerApp.{name}={value}" for name, value in settings.items()]
+    flags.append("--LabApp.expose_app_in_browser=True")
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
             [scripts / "jupyter", "lab", "--no-browser", "--allow-root", *flags],
@@ -109,7 +119,7 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     page = context.new_page()
     errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("pageerror", lambda error: errors.append(error.stack))
     page.goto(f"{lab}/lab/tree/page.md")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
     # Before the kernel answers, a cell that is run is forgotten.
@@ -159,4 +169,67 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
     page.wait_for_function(f"document.querySelector('{width}').value === '0.5'", timeout=30_000)
     assert re.search("95% of the truths, [4-7]", page.inner_text(".live-words >> nth=1"))
     assert errors == []
+    context.close()
+
+
+# The model of the notebook that is open, whatever of it is in sight.
+CELLS = """() => jupyterapp.shell.currentWidget.content.model.cells"""
+
+DONE = f"""() => [...({CELLS})()].filter((cell) => cell.type === 'code').every(
+  (cell) => cell.executionCount !== null && cell.executionState !== 'running')"""
+
+FAILED = f"""() => [...({CELLS})()].filter((cell) => cell.type === 'code').flatMap(
+  (cell, i) => cell.outputs.toJSON().filter((output) => output.output_type === 'error').map(
+    (output) => `cell ${{i + 1}}: ${{output.ename}}: ${{output.evalue}}`))"""
+
+ASK = """async (code) => {
+  const { kernel } = jupyterapp.shell.currentWidget.sessionContext.session;
+  const future = kernel.requestExecute({ code: '', user_expressions: { it: code } });
+  const { it } = (await future.done).content.user_expressions;
+  return it.status === 'ok' ? it.data['text/plain'] : `${it.ename}: ${it.evalue}`;
+}"""
+
+SLIDERS = """() => [...document.querySelectorAll('.live input[type=range]')].map((input) => ({
+  kind: input.closest('.live').ariaLabel, name: input.dataset.name, now: Number(input.value),
+  low: Number(input.min), high: Number(input.max), step: Number(input.step) }))"""
+
+TRAIT = """[getattr(w, {name!r})
+ for w in __import__('ipywidgets').widgets.widget._instances.values()
+ if getattr(w, 'title', None) == {kind!r}]"""
+
+
+@pytest.mark.parametrize("docname", NOTEBOOKS)
+def test_a_chapter_opens_as_a_notebook_and_runs(browser: Any, lab: str, docname: str) -> None:
+    """Every cell of it; then its first slider is moved, and the kernel knows."""
+    name = docname.rpartition("/")[2]
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(error.stack))
+    page.goto(f"{lab}/lab/tree/{name}.md")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
+    page.wait_for_function(
+        "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
+        timeout=90_000,
+    )
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    page.wait_for_function(f"({DONE})() || ({FAILED})().length", timeout=600_000, polling=500)
+    assert page.evaluate(FAILED) == []
+
+    live = page.evaluate(f"""() => [...({CELLS})()].findIndex((cell) => cell.type === 'code'
+      && JSON.stringify(cell.outputs.toJSON()).includes('data-live='))""")
+    if live >= 0:
+        page.evaluate(f"jupyterapp.shell.currentWidget.content.scrollToItem({live}, 'start')")
+        page.wait_for_selector(".live input[type=range]", timeout=60_000)
+        slider = page.evaluate(SLIDERS)[0]
+        wanted = slider["low"] if slider["now"] != slider["low"] else slider["high"]
+        page.evaluate(MOVE, [slider["kind"], slider["name"], wanted])
+        ask = TRAIT.format(**{k: slider[k] for k in ("name", "kind")})
+        for _ in range(100):
+            if (known := page.evaluate(ASK, ask)) in (f"[{wanted}]", f"[{float(wanted)}]"):
+                break
+            page.wait_for_timeout(100)
+        assert known in (f"[{wanted}]", f"[{float(wanted)}]"), slider
+    assert errors == []
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     context.close()
