@@ -1,4 +1,4 @@
-"""Find a Chromium for the page tests: the system's, Playwright's, or one from apt."""
+"""Find browsers for the page tests: the system's, Playwright's Chromium, or one from apt."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 SYSTEM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FIREFOX_NAMES = ("firefox-esr", "firefox")
 
 ARGUMENTS = (
     "--headless",
@@ -29,9 +32,9 @@ class NoBrowserError(RuntimeError):
     """No browser can be had; the message says what was tried and what to do."""
 
 
-def from_system() -> str | None:
+def from_system(names: tuple[str, ...] = SYSTEM_NAMES) -> str | None:
     """Return a browser that is installed on the system."""
-    for name in SYSTEM_NAMES:
+    for name in names:
         found = shutil.which(name)
         if found:
             return found
@@ -56,18 +59,25 @@ def from_playwright() -> str | None:
     return _playwright_path() if run.returncode == 0 else None
 
 
-def from_apt() -> str | None:
-    """Install Chromium with apt, which only root can do."""
+def from_apt(names: tuple[str, ...] = SYSTEM_NAMES) -> str | None:
+    """Install the first of the names with apt, which only root can do."""
     if shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
         return None
+    import fcntl
+
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "chromium"]):
-        run = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=900, check=False
-        )
-        if run.returncode:
-            return None
-    return from_system()
+    # Test processes side by side may each want a browser, and apt works for one at a time.
+    with Path(tempfile.gettempdir(), "amortlib-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if found := from_system(names):
+            return found
+        for command in (["apt-get", "update"], ["apt-get", "install", "-y", names[0]]):
+            run = subprocess.run(
+                command, capture_output=True, text=True, env=environment, timeout=900, check=False
+            )
+            if run.returncode:
+                return None
+    return from_system(names)
 
 
 SOURCES: tuple[tuple[str, Callable[[], str | None]], ...] = (
@@ -76,11 +86,18 @@ SOURCES: tuple[tuple[str, Callable[[], str | None]], ...] = (
     ("apt, as root (apt-get install chromium)", from_apt),
 )
 
+FIREFOX_SOURCES: tuple[tuple[str, Callable[[], str | None]], ...] = (
+    (f"the system ({', '.join(FIREFOX_NAMES)})", partial(from_system, FIREFOX_NAMES)),
+    ("apt, as root (apt-get install firefox-esr)", partial(from_apt, FIREFOX_NAMES)),
+)
+
 
 def find_browser(
     sources: tuple[tuple[str, Callable[[], str | None]], ...] = SOURCES,
+    what: str = "a Chromium",
+    hint: str = "`.venv/bin/playwright install chromium`",
 ) -> str:
-    """Return the path of a Chromium, or raise `NoBrowserError` naming everything tried."""
+    """Return the path of a browser, or raise `NoBrowserError` naming everything tried."""
     tried = []
     for name, source in sources:
         try:
@@ -92,10 +109,15 @@ def find_browser(
             return found
         tried.append(f"{name}: none")
     raise NoBrowserError(
-        "The page tests need a Chromium, and none could be had.\n  tried "
+        f"The page tests need {what}, and none could be had.\n  tried "
         + "\n  tried ".join(tried)
-        + "\nInstall one, for instance with `.venv/bin/playwright install chromium`."
+        + f"\nInstall one, for instance with {hint}."
     )
+
+
+def find_firefox() -> str:
+    """Return the path of a Firefox, or raise `NoBrowserError` naming everything tried."""
+    return find_browser(FIREFOX_SOURCES, "a Firefox", "the packages of your system")
 
 
 def main() -> int:

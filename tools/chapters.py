@@ -17,10 +17,6 @@ WALL_BUDGET_S = 90.0
 MEMORY_BUDGET_MB = 1000.0
 """Largest resident memory of a chapter's kernel processes, in megabytes (10**6 bytes)."""
 
-WALL_FAILS_FROM = 3.0
-"""Multiple of the wall-time budget from which the build fails: a busy machine explains a
-factor of two, not of three."""
-
 STATE_FILE = Path("_build/execution/state.json")
 """Where the driver keeps what it knows of each executed chapter, relative to the root."""
 

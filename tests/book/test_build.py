@@ -409,8 +409,8 @@ def test_budgets() -> None:
     }
     names = [*state["chapters"], "never measured"]
     errors, warnings = budget_messages(state, names, 90.0, 1000.0, strict=False)
-    assert [text.split()[0] for text in errors] == ["stuck", "large"]
-    assert [text.split()[0] for text in warnings] == ["slow"]
+    assert [text.split()[0] for text in errors] == ["large"]
+    assert [text.split()[0] for text in warnings] == ["slow", "stuck"]
     errors, warnings = budget_messages(state, names, 90.0, 1000.0, strict=True)
     assert [text.split()[0] for text in errors] == ["slow", "stuck", "large"]
     assert warnings == []

@@ -230,6 +230,7 @@ def test_a_chapter_opens_as_a_notebook_and_runs(browser: Any, lab: str, docname:
                 break
             page.wait_for_timeout(100)
         assert known in (f"[{wanted}]", f"[{float(wanted)}]"), slider
-    assert errors == []
+    # JupyterLab's own cell toolbar looks for a Markdown cell that is out of sight.
+    assert [error for error in errors if "_markdownOverlapsToolbar" not in error] == []
     page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     context.close()
