@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,8 +14,8 @@ from matplotlib.figure import Figure
 from _kit import style
 from _kit.heads import load_bimodal
 from _kit.landscape import packed_events
-from _kit.live import LiveWidget
 from _kit.packing import pack_flow, pack_score
+from _kit.windowed import Answer, WindowWidget
 from _kit.windows import FixedSteps
 from amortlib.observation import gap
 from amortlib.posterior import AmortizedPosterior
@@ -30,7 +31,7 @@ def _problem() -> InverseProblem:
     return FixedSteps.in_place(lorenz63_sign_lost(noise=_NOISE, substeps=2))
 
 
-class OneHole(LiveWidget):
+class OneHole(WindowWidget):
     """The gap and the event; draws of the posterior, of Laplace, a Gaussian, a flow and a score.
 
     The page searches, weighs and samples by itself, with the weights that ship with the book.
@@ -42,13 +43,7 @@ class OneHole(LiveWidget):
         shown: whose draws are drawn as paths.
     """
 
-    start = traitlets.Int(0).tag(sync=True)
-    length = traitlets.Int(0).tag(sync=True)
-    event = traitlets.Int(0).tag(sync=True)
-    events = traitlets.Int(_EVENTS).tag(sync=True)
     shown = traitlets.Unicode("posterior").tag(sync=True)
-    window = traitlets.Dict().tag(sync=True)
-    data = traitlets.Bytes().tag(sync=True)
     flow = traitlets.Bytes().tag(sync=True)
     score = traitlets.Bytes().tag(sync=True)
 
@@ -59,6 +54,8 @@ class OneHole(LiveWidget):
         start: int = 0,
         length: int = 0,
         event: int = 0,
+        compare: Answer | None = None,
+        label: str = "yours",
     ):
         """Set the first position; other arguments as the attributes.
 
@@ -67,6 +64,8 @@ class OneHole(LiveWidget):
             start: first missing time.
             length: how many times are missing.
             event: which pair.
+            compare: see [`compare`][_kit.windowed.WindowWidget.compare].
+            label: its name.
 
         Raises:
             amortlib.CheckpointError: where weights are missing or damaged.
@@ -82,11 +81,13 @@ class OneHole(LiveWidget):
             start=start,
             length=length,
             event=event,
+            events=_EVENTS,
             window=settings,
             data=data,
             flow=pack_flow(heads["flow"]),
             score=pack_score(heads["score"]),
         )
+        self.compare(compare, label)
 
     def still(self) -> tuple[Figure, str]:
         """The truth and its mirror image, and what is seen of them."""
@@ -119,6 +120,6 @@ class OneHole(LiveWidget):
         )
 
 
-def one_hole(heads: Mapping[str, AmortizedPosterior] | None = None, **first: int) -> OneHole:
+def one_hole(heads: Mapping[str, AmortizedPosterior] | None = None, **first: Any) -> OneHole:
     """Widen the gap until the posterior splits; see [`OneHole`][] for the settings."""
     return OneHole(heads, **first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,10 @@ from matplotlib.figure import Figure
 from _kit import style
 from _kit.heads import load_lorenz63_flow
 from _kit.landscape import packed_events
-from _kit.live import LiveWidget
 from _kit.packing import pack_posterior
+from _kit.windowed import Answer, WindowWidget
 from _kit.windows import FixedSteps
 from amortlib.energy import Energy
-from amortlib.observation import gap
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, lorenz63
 from amortlib.refine import refine
@@ -32,7 +33,7 @@ def _problem() -> InverseProblem:
     return FixedSteps.in_place(lorenz63(substeps=2))
 
 
-class RefinementLadder(LiveWidget):
+class RefinementLadder(WindowWidget):
     """The number of steps, the gap, the event and how the answer is differentiated.
 
     The page makes the guess, takes the steps, finds the oracle's minima and judges 100 windows.
@@ -46,13 +47,7 @@ class RefinementLadder(LiveWidget):
     """
 
     steps = traitlets.Int(0).tag(sync=True)
-    start = traitlets.Int(0).tag(sync=True)
-    length = traitlets.Int(0).tag(sync=True)
-    event = traitlets.Int(0).tag(sync=True)
     derivative = traitlets.Unicode("implicit").tag(sync=True)
-    events = traitlets.Int(_EVENTS).tag(sync=True)
-    window = traitlets.Dict().tag(sync=True)
-    data = traitlets.Bytes().tag(sync=True)
     guess = traitlets.Bytes().tag(sync=True)
 
     def __init__(
@@ -63,6 +58,8 @@ class RefinementLadder(LiveWidget):
         start: int = 0,
         length: int = 0,
         event: int = 0,
+        compare: Answer | None = None,
+        label: str = "yours",
     ):
         """Set the first position; other arguments as the attributes.
 
@@ -72,6 +69,8 @@ class RefinementLadder(LiveWidget):
             start: first missing time.
             length: how many times are missing.
             event: which window.
+            compare: see [`compare`][_kit.windowed.WindowWidget.compare].
+            label: its name.
 
         Raises:
             amortlib.CheckpointError: where weights are missing or damaged.
@@ -89,10 +88,12 @@ class RefinementLadder(LiveWidget):
             start=start,
             length=length,
             event=event,
+            events=_EVENTS,
             window=settings,
             data=data,
             guess=pack_posterior(guess),
         )
+        self.compare(compare, label)
 
     def way(self) -> np.ndarray:
         """J after 0, 1, 2 and 4 steps from the guess, in double precision."""
@@ -107,11 +108,9 @@ class RefinementLadder(LiveWidget):
                 ends = [refine(energy, v, event, steps=k, derivative="unrolled") for k in _SHOWN]
                 return jnp.stack([energy(energy.prior.colour(end), event) for end in ends])
 
-            _, drawn = eqx.filter_jit(self.problem.simulate)(jax.random.key(self.event))
-            seen = gap(drawn.y.shape[0], self.start, self.length)
-            mask = jnp.broadcast_to(seen[:, None], drawn.y.shape)
-            sd = jnp.broadcast_to(self.problem.obs_noise.sd, drawn.y.shape)
-            return np.asarray(run(model, energy, drawn.y, mask, sd))
+            event = self.seen()
+            sd = jnp.broadcast_to(self.problem.obs_noise.sd, event.y.shape)
+            return np.asarray(run(model, energy, event.y, event.mask, sd))
 
     def still(self) -> tuple[Figure, str]:
         """J after each step, drawn by matplotlib."""
@@ -126,6 +125,6 @@ class RefinementLadder(LiveWidget):
         )
 
 
-def refinement_ladder(guess: AmortizedPosterior | None = None, **first: int) -> RefinementLadder:
+def refinement_ladder(guess: AmortizedPosterior | None = None, **first: Any) -> RefinementLadder:
     """Take steps and watch the gates; see [`RefinementLadder`][] for the settings."""
     return RefinementLadder(guess, **first)

@@ -12,8 +12,8 @@ import traitlets
 from matplotlib.figure import Figure
 
 from _kit.figures import LandscapePicture, draw_landscape
-from _kit.live import LiveWidget
 from _kit.packing import pack, window_settings
+from _kit.windowed import Answer, WindowWidget
 from amortlib.energy import Energy
 from amortlib.observation import gap
 from amortlib.problems import InverseProblem
@@ -170,7 +170,7 @@ def landscape_picture(
     )
 
 
-class EnergyLandscape(LiveWidget):
+class EnergyLandscape(WindowWidget):
     """The gap and the event by sliders, or by dragging; a picture of J, and its words.
 
     The page searches, differentiates and samples by itself.
@@ -182,16 +182,19 @@ class EnergyLandscape(LiveWidget):
         problem: as it was given.
     """
 
-    start = traitlets.Int(0).tag(sync=True)
-    length = traitlets.Int(6).tag(sync=True)
-    event = traitlets.Int(0).tag(sync=True)
-    events = traitlets.Int(_EVENTS).tag(sync=True)
-    window = traitlets.Dict().tag(sync=True)
-    data = traitlets.Bytes().tag(sync=True)
     components = traitlets.List(traitlets.Int(), [0, 2]).tag(sync=True)
     names = traitlets.List(traitlets.Unicode(), ["x", "z"]).tag(sync=True)
 
-    def __init__(self, problem: InverseProblem, *, start: int = 0, length: int = 6, event: int = 0):
+    def __init__(
+        self,
+        problem: InverseProblem,
+        *,
+        start: int = 0,
+        length: int = 6,
+        event: int = 0,
+        compare: Answer | None = None,
+        label: str = "yours",
+    ):
         """Set the first position of the sliders.
 
         Args:
@@ -200,25 +203,28 @@ class EnergyLandscape(LiveWidget):
             start: first missing time.
             length: how many times are missing.
             event: which pair of the simulator.
+            compare: see [`compare`][_kit.windowed.WindowWidget.compare].
+            label: its name.
 
         Raises:
             ValueError: on a problem that the page cannot compute.
         """
         if problem.prior is None:
             raise ValueError("expected a problem with its prior: J needs it")
-        self.problem = problem
         with jax.enable_x64(True):
-            precise = to_double(problem)
-            settings, sd = packed_events(precise)
+            self.problem = to_double(problem)
+            settings, data = packed_events(self.problem)
         super().__init__(
             kind="landscape",
             title="Energy landscape",
             start=start,
             length=length,
             event=event,
+            events=_EVENTS,
             window=settings,
-            data=sd,
+            data=data,
         )
+        self.compare(compare, label)
 
     def picture(self) -> LandscapePicture:
         """The landscape where the sliders stand, computed by amortlib."""
@@ -268,6 +274,6 @@ def packed_events(
     return window_settings(problem) | {"noise": float(sd[0])}, pack(data)
 
 
-def energy_landscape(problem: InverseProblem, **first: int) -> EnergyLandscape:
+def energy_landscape(problem: InverseProblem, **first: Any) -> EnergyLandscape:
     """Move the gap and watch the minima of J; see [`EnergyLandscape`][] for the settings."""
     return EnergyLandscape(problem, **first)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from _kit.figures import draw_landscape
 from _kit.landscape import EnergyLandscape, _survey, energy_landscape, landscape_picture
+from _kit.windowed import oracle_minima
 from _kit.windows import FixedSteps
 from bs4 import BeautifulSoup
 from safetensors.numpy import load
@@ -197,3 +198,20 @@ def test_a_problem_that_does_not_fit_is_refused() -> None:
 def test_the_drawing_knows_no_widget_and_no_jax() -> None:
     code = "import sys, _kit.figures; sys.exit('ipywidgets' in sys.modules or 'jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "book", check=True)
+
+
+def test_a_kernel_answers_at_every_position() -> None:
+    """The oracle, solved live, stands in the minimum of the picture, wherever the sliders are."""
+    problem = window()
+    mine = energy_landscape(problem, compare=oracle_minima(problem), label="oracle")
+    for start, length in ((0, 0), (2, 5)):
+        mine.start, mine.length = start, length
+        assert mine.overlay["label"] == "oracle"
+        states, best = np.array(mine.overlay["states"]), mine.picture().modes[0]
+        assert np.abs(states[:, [0, 2]] - best).sum(axis=1).min() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 3, 3)])
+def test_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected states of shape \(n, 3\), got"):
+        energy_landscape(window(), compare=lambda event: np.zeros(shape))

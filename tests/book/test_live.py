@@ -27,6 +27,7 @@ from _kit.ladder import RefinementLadder, refinement_ladder
 from _kit.landscape import EnergyLandscape, energy_landscape
 from _kit.live import LiveWidget
 from _kit.widgets import GapExplorer, gap_explorer
+from _kit.windowed import oracle_minima
 from _kit.windows import FixedSteps
 from axe_playwright_python.sync_playwright import Axe
 
@@ -331,6 +332,24 @@ def test_ranks_on_the_page_are_those_of_numpy(tab: Any, shelf: Shelf) -> None:
         }
         put(tab, widget, at)
         assert tab.inner_text(".live-words") == widget.picture().words()
+
+
+def test_what_a_kernel_has_answered_is_drawn_beside_the_page(tab: Any, shelf: Shelf) -> None:
+    """The oracle's minima, solved by the kernel: as many paths, and where the page's own are."""
+    widget = energy_landscape(
+        window(), length=8, event=1, compare=oracle_minima(window()), label="the oracle"
+    )
+    opened(tab, shelf.put("kernel", widget.to_html()))
+    assert "the oracle" in tab.inner_text(".live-legend")
+    ends = """(dash) => [...document.querySelector('.live-plot').querySelectorAll('path')]
+      .filter((path) => (path.getAttribute('stroke-dasharray') ?? '') === dash)
+      .flatMap((path) => path.getAttribute('d').split('M').slice(1))
+      .map((line) => Number(line.match(/-?[\\d.]+/g).at(-1)))"""
+    theirs = sorted(tab.evaluate(ends, "2 4"))
+    assert len(theirs) == len(widget.overlay["states"]) >= 1
+    best = tab.evaluate(ends, "")
+    assert all(min(abs(y - other) for other in best) < 1.0 for y in theirs[:2])
+    assert tab.complaints == []
 
 
 def test_the_page_finds_the_minima_that_amortlib_finds(tab: Any, shelf: Shelf) -> None:

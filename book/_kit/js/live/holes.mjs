@@ -6,7 +6,7 @@ import { fromBowl, sampler } from "../lorenz.mjs";
 import { normals, uniforms } from "../noise.mjs";
 import { loadScore } from "../score.mjs";
 import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
-import { windowEvents } from "./window_events.mjs";
+import { kernelAnswer, windowEvents } from "./window_events.mjs";
 
 const DRAWS = 200;
 const PATHS = 40;
@@ -75,7 +75,7 @@ export function holes(stage) {
       }),
     ]),
   );
-  stage.legend([
+  const kernel = kernelAnswer(stage, path, numbers, [
     ["gap: drag it, or its edges", roles.gap, "box"],
     ["truth", roles.truth, "line"],
     ["observed: x, then |x| with both signs", roles.obs, "dot"],
@@ -88,7 +88,7 @@ export function holes(stage) {
   const { unit } = stage.get("window").sees;
   const noises = Object.fromEntries(NAMES.map((name, i) => [name, normals(20 + i, 3 * (name === "posterior" ? REFERENCE : DRAWS))]));
 
-  stage.watch("start", "length", "event", "shown");
+  stage.watch("start", "length", "event", "shown", "overlay");
   return () => {
     const at = placeOf(stage);
     const shown = stage.get("shown");
@@ -100,6 +100,7 @@ export function holes(stage) {
     const draws = Object.fromEntries(NAMES.map((name) => [name, []]));
 
     place();
+    kernel();
     const truth = numbers.truth(at.event);
     const seen = t.map((k) => mask[k * window.width]);
     path.line("truth", t, numbers.xOf(truth), { color: roles.truth, width: 2.2 });

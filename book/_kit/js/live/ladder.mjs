@@ -5,7 +5,7 @@ import { covarianceIn, fromBowl } from "../lorenz.mjs";
 import { normals, uniforms } from "../noise.mjs";
 import { loadPosterior } from "../posterior.mjs";
 import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
-import { windowEvents } from "./window_events.mjs";
+import { kernelAnswer, windowEvents } from "./window_events.mjs";
 
 const MOST = 6;
 const DRAWS = 49;
@@ -152,7 +152,7 @@ export function ladder(stage) {
     height: 220,
     xTicks: [[0, "0"], [0.5, "L/2"], [1, "L"]],
   });
-  stage.legend([
+  const kernel = kernelAnswer(stage, path, numbers, [
     ["gap: drag it, or its edges", roles.gap, "box"],
     ["after k steps", roles.amortized, "line"],
     ["the guess, k = 0", roles.prior, "dash"],
@@ -168,7 +168,7 @@ export function ladder(stage) {
   // Oracles of the last gap: steps and derivatives are changed more often than it.
   let kept = { key: "", oracles: [] };
 
-  stage.watch("steps", "start", "length", "event", "derivative");
+  stage.watch("steps", "start", "length", "event", "derivative", "overlay");
   return () => {
     const [k, derivative] = [stage.get("steps"), stage.get("derivative")];
     const { event, ...gap } = placeOf(stage);
@@ -186,6 +186,7 @@ export function ladder(stage) {
     const { y, mask } = energy.event;
 
     place();
+    kernel();
     path.line("oracle", t, first(window.path(oracle.x)), { color: roles.exact, width: 3.5, dash: "7 4" });
     path.line("guess", t, first(window.path(states[0])), { color: roles.prior, dash: "3 3" });
     path.line("now", t, first(window.path(end)), { color: roles.amortized });

@@ -4,7 +4,7 @@ import { solveLower, solveUpper } from "../gaussian.mjs";
 import { covarianceIn, sampler, squaredIn } from "../lorenz.mjs";
 import { normals, uniforms } from "../noise.mjs";
 import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
-import { windowEvents } from "./window_events.mjs";
+import { kernelAnswer, windowEvents } from "./window_events.mjs";
 
 const CHI2_95 = 7.8147;
 const CHI2_95_PLANE = 5.9915;
@@ -78,7 +78,7 @@ export function landscape(stage) {
     y: { label: `${second} at time 0`, from: prior.loc[j] - 3 * spread(j), to: prior.loc[j] + 3 * spread(j) },
     height: 260,
   });
-  stage.legend([
+  const kernel = kernelAnswer(stage, path, numbers, [
     ["gap: drag it, or its edges", roles.gap, "box"],
     ["truth", roles.truth, "line"],
     ["observations", roles.truth, "dot"],
@@ -94,7 +94,7 @@ export function landscape(stage) {
   const back = ellipse([prior.loc[i], prior.loc[j]], prior.chol, components);
   const colours = [roles.amortized, roles.obs];
 
-  stage.watch("start", "length", "event");
+  stage.watch("start", "length", "event", "overlay");
   return () => {
     const at = placeOf(stage);
     const energy = numbers.energy(at);
@@ -104,6 +104,7 @@ export function landscape(stage) {
     const truth = numbers.truth(at.event);
 
     place();
+    kernel();
     path.line("truth", t, seenFirst(window.path(truth)), { color: roles.truth, width: 1.2 });
     path.dots("obs", t, t.map((k) => (seen[k] ? y[k * window.width] : NaN)), { color: roles.truth });
     const two = bowls.slice(0, 2);

@@ -7,6 +7,22 @@ import { readWeights } from "../weights.mjs";
 /** Nats: a minimum higher than this above the lowest is no rival. */
 const RIVAL = 20;
 
+/**
+ * States that a kernel answers with: their paths of x beside the page's own, and their name in the
+ * legend. Returns what draws them.
+ */
+export function kernelAnswer(stage, plot, { times, xOf }, entries) {
+  const { truth } = stage.get("roles");
+  const said = () => stage.get("overlay") ?? {};
+  stage.follow("overlay", () => stage.legend(said().label ? [...entries, [said().label, truth, "dash"]] : entries));
+  const t = Array.from({ length: times }, (_, k) => k);
+  return () => {
+    const { states = [] } = said();
+    const ys = states.flatMap((state) => [...xOf(state), NaN]);
+    plot.line("kernel", states.flatMap(() => [...t, NaN]), ys, { color: truth, dash: "2 4", width: 2.5 });
+  };
+}
+
 /** From the settings of a window, and what `packed_events` packed: background, events, starts. */
 export function windowEvents(settings, bytes) {
   const { tensors } = readWeights(bytes);
