@@ -33,11 +33,18 @@ def read_book(root: Path, pages: Sequence[Page]) -> Book:
     entries = {}
     for path in files:
         entries.update(parse_file(str(path)).entries)
-    equations = {
-        label: (number, short(page))
-        for page in pages
-        for number, label in enumerate(equations_of(page.path.read_text(encoding="utf-8")), 1)
-    }
+    equations: dict[str, tuple[str, str]] = {}
+    chapter = elsewhere = 0
+    for page in pages:
+        labels = equations_of(page.path.read_text(encoding="utf-8"))
+        # As Sphinx has it: 3.1, 3.2 in the third chapter, and one count for pages outside.
+        if page.is_chapter:
+            chapter += 1
+            numbers = [f"{chapter}.{i}" for i in range(1, len(labels) + 1)]
+        else:
+            numbers = [str(i) for i in range(elsewhere + 1, elsewhere + len(labels) + 1)]
+            elsewhere += len(labels)
+        equations |= {k: (n, short(page)) for k, n in zip(labels, numbers, strict=True)}
     return Book(
         titles={short(page): page.title for page in pages},
         equations=equations,

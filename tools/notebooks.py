@@ -54,7 +54,7 @@ class Book:
     """
 
     titles: Mapping[str, str]
-    equations: Mapping[str, tuple[int, str]]
+    equations: Mapping[str, tuple[str, str]]
     references: BibliographyData
     url: str
 
