@@ -7,6 +7,7 @@ Directives: `chapter-table` (the landing page's table, from each chapter's front
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,34 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
             shutil.copy2(source / part, target / part)
 
 
+ICONS = "_static/scripts/fontawesome.js"
+
+_ICON = re.compile(
+    r'(?:"([a-z0-9-]+)"|([a-z0-9]+)):\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\[[^\]]*\])\],?'
+)
+"""An icon in Font Awesome's script: its name, size, other names, code point and outline."""
+
+
+def keep_used_icons(app: Sphinx, error: Exception | None) -> None:
+    """Drop the icons that no page shows: they would be a quarter of what a first view fetches."""
+    out = Path(app.outdir)
+    if error is not None or app.builder.format != "html" or not (out / ICONS).is_file():
+        return
+    pages = [*out.rglob("*.html"), *(p for p in out.rglob("*.js") if p != out / ICONS)]
+    used = {
+        name
+        for page in pages
+        for name in re.findall(r"\bfa-([a-z0-9-]+)", page.read_text(encoding="utf-8"))
+    }
+
+    def kept(icon: re.Match[str]) -> str:
+        names = {icon[1] or icon[2], *re.findall(r'"([^"]+)"', icon[3])}
+        return icon[0] if names & used else ""
+
+    script = (out / ICONS).read_text(encoding="utf-8")
+    (out / ICONS).write_text(_ICON.sub(kept, script), encoding="utf-8")
+
+
 def name_roles(
     _app: Sphinx, _pagename: str, _template: str, context: dict[str, Any], _doctree: Any
 ) -> None:
@@ -275,4 +304,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", offer_archive, priority=502)  # the theme's own come with 501
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", write_live_widgets)
+    app.connect("build-finished", keep_used_icons)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,26 @@ def test_no_barrier_is_found(browser: Any, site: str, docname: str, scheme: str)
 
 
 @pytest.mark.parametrize("docname", NAMES)
+def test_a_first_view_weighs_little(browser: Any, site: str, docname: str) -> None:
+    """At most 2 MB, compressed as a server sends it, with nothing kept from an earlier page."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    weights: dict[str, int] = {}
+
+    def weigh(response: Any) -> None:
+        if response.url.startswith(site):
+            weights[response.url] = len(gzip.compress(response.body(), 6))
+
+    page.on("requestfinished", lambda request: weigh(request.response()))
+    page.goto(f"{site}/{docname}.html", wait_until="load")
+    page.evaluate(SETTLED)
+    assert len(weights) > 5
+    heaviest = sorted(weights.items(), key=lambda item: -item[1])[:5]
+    assert sum(weights.values()) <= 2_000_000, heaviest
+    context.close()
+
+
+@pytest.mark.parametrize("docname", NAMES)
 def test_mathematics_is_set(browser: Any, base: str, docname: str) -> None:
     context = browser.new_context()
     page = context.new_page()
@@ -168,6 +189,18 @@ def test_mathematics_is_set(browser: Any, base: str, docname: str) -> None:
     assert containers >= formulas
     assert not formulas or page.evaluate(font), "the fonts of the formulas were not loaded"
     assert page.evaluate(CUT_OFF) == [], "formulas wider than the text, on a desktop"
+    context.close()
+
+
+@pytest.mark.parametrize("docname", ["book/gibbs", "search"])
+def test_every_icon_is_there(browser: Any, site: str, docname: str) -> None:
+    """Each is drawn, and none as the blinking mark that stands for an icon that is missing."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto(f"{site}/{docname}.html", wait_until="load")
+    page.wait_for_function("document.querySelectorAll('svg.svg-inline--fa').length > 5")
+    assert page.evaluate("document.querySelectorAll('i[class*=fa-]').length") == 0
+    assert page.evaluate("document.querySelectorAll('svg.svg-inline--fa animate').length") == 0
     context.close()
 
 
