@@ -87,20 +87,14 @@ class Watch:
             self._note(f"console {message.type}: {message.text}")
 
 
-@pytest.fixture(params=["http", "file"])
-def base(request: pytest.FixtureRequest, html: Path) -> str:
+VIEWS = [*(("http", w, s) for w in WIDTHS for s in SCHEMES), ("file", WIDTHS[0], SCHEMES[1])]
+"""Each width and scheme from a server, and one of them from disk."""
+
+
+@pytest.fixture
+def base(source: str, request: pytest.FixtureRequest, html: Path) -> str:
     """Where the book is read from."""
-    return request.getfixturevalue("site") if request.param == "http" else html.as_uri()
-
-
-@pytest.fixture(params=WIDTHS)
-def width(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
-@pytest.fixture(params=SCHEMES)
-def scheme(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return request.getfixturevalue("site") if source == "http" else html.as_uri()
 
 
 @pytest.fixture
@@ -113,6 +107,7 @@ def tab(browser: Any, width: int, scheme: str) -> Iterator[Any]:
     context.close()
 
 
+@pytest.mark.parametrize(("source", "width", "scheme"), VIEWS)
 @pytest.mark.parametrize("docname", [*NAMES, "genindex", "search"])
 def test_a_page_reads_well_and_asks_for_nothing(
     tab: Any, base: str, docname: str, width: int, scheme: str
@@ -174,10 +169,10 @@ def test_a_first_view_weighs_little(browser: Any, site: str, docname: str) -> No
 
 
 @pytest.mark.parametrize("docname", NAMES)
-def test_mathematics_is_set(browser: Any, base: str, docname: str) -> None:
+def test_mathematics_is_set(browser: Any, site: str, docname: str) -> None:
     context = browser.new_context()
     page = context.new_page()
-    page.goto(f"{base}/{docname}.html", wait_until="load")
+    page.goto(f"{site}/{docname}.html", wait_until="load")
     page.evaluate(SETTLED)
     formulas, containers, errors = page.evaluate(
         "[document.querySelectorAll('article .math').length,"

@@ -19,7 +19,14 @@ import pytest
 from tools.chapters import read_page, toc_names
 
 ROOT = Path(__file__).resolve().parents[2]
+IN_LAB = ("book/gibbs", "book/simulation", "book/regression")
+"""Chapters that run whole here; all of them with AMORTLIB_ALL=1, which takes as long as the build.
+
+What runs in the build is what runs here, cell by cell, so that a few show the way of all.
+"""
 NOTEBOOKS = [name for name in toc_names(ROOT) if read_page(ROOT, name).is_notebook]
+if os.environ.get("AMORTLIB_ALL"):
+    IN_LAB = tuple(NOTEBOOKS)
 
 pytestmark = pytest.mark.slow
 
@@ -198,7 +205,7 @@ TRAIT = """[getattr(w, {name!r})
  if getattr(w, 'title', None) == {kind!r}]"""
 
 
-@pytest.mark.parametrize("docname", NOTEBOOKS)
+@pytest.mark.parametrize("docname", IN_LAB)
 def test_a_chapter_opens_as_a_notebook_and_runs(browser: Any, lab: str, docname: str) -> None:
     """Every cell of it; then its first slider is moved, and the kernel knows."""
     name = docname.rpartition("/")[2]
