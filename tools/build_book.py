@@ -90,6 +90,7 @@ class Execution:
     notebook: nbformat.NotebookNode
     wall_s: float
     peak_mb: float
+    first_figure_s: float | None
 
 
 @dataclass
@@ -268,6 +269,7 @@ def execute(page: Page, notebook: nbformat.NotebookNode, root: Path) -> Executio
     """Execute one chapter in a fresh kernel; raise `ChapterError` when a cell fails."""
     memory = PeakMemory()
     current = 0
+    first_figure_s: float | None = None
 
     def on_start(**_: Any) -> None:
         pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
@@ -278,8 +280,11 @@ def execute(page: Page, notebook: nbformat.NotebookNode, root: Path) -> Executio
         nonlocal current
         current = cell_index
 
-    def on_cell_executed(**_: Any) -> None:
+    def on_cell_executed(*, cell_index: int, **_: Any) -> None:
+        nonlocal first_figure_s
         memory.sample()
+        if first_figure_s is None and has_figure(notebook.cells[cell_index]):
+            first_figure_s = time.perf_counter() - begin
 
     client = NotebookClient(
         notebook,
@@ -309,7 +314,15 @@ def execute(page: Page, notebook: nbformat.NotebookNode, root: Path) -> Executio
     finally:
         memory.stop()
     wall_s = time.perf_counter() - begin
-    return Execution(notebook, wall_s, memory.peak_bytes / 1e6)
+    return Execution(notebook, wall_s, memory.peak_bytes / 1e6, first_figure_s)
+
+
+def has_figure(cell: nbformat.NotebookNode) -> bool:
+    """Whether a cell shows a picture or a live widget."""
+    return any(
+        "image/png" in data or "data-live=" in str(data.get("text/html", ""))
+        for data in (output.get("data", {}) for output in cell.get("outputs", []))
+    )
 
 
 def report_stderr(page: Page, notebook: nbformat.NotebookNode) -> None:
@@ -497,6 +510,7 @@ def build(
             "cache_hash": cache_hash,
             "wall_s": round(execution.wall_s, 2),
             "peak_mb": round(execution.peak_mb, 1),
+            "first_figure_s": execution.first_figure_s and round(execution.first_figure_s, 1),
             "code_cells": len(code_cells(execution.notebook)),
             "machine": machine(),
         }

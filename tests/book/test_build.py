@@ -212,6 +212,8 @@ def test_times_and_memory_are_recorded_and_shown(built: Book) -> None:
         assert entry["wall_s"] > 0
         assert entry["peak_mb"] > 10
         assert entry["machine"]["cores"] >= 1
+    assert 0 < state["book/one"]["first_figure_s"] < state["book/one"]["wall_s"]
+    assert state["book/two"]["first_figure_s"] is None
     # Chapter two fills 120 MB that chapter one does not.
     extra = state["book/two"]["peak_mb"] - state["book/one"]["peak_mb"]
     assert 90 < extra < 200
@@ -219,7 +221,8 @@ def test_times_and_memory_are_recorded_and_shown(built: Book) -> None:
     assert table is not None
     rows = [[cell.get_text(strip=True) for cell in row.find_all("td")] for row in table("tr")]
     peak = f"{state['book/two']['peak_mb']:.0f}"
-    assert rows[2] == ["Chapter two", f"{state['book/two']['wall_s']:.1f}", peak, "yes"]
+    wall = f"{state['book/two']['wall_s']:.1f}"
+    assert rows[2] == ["Chapter two", "none", wall, peak, "yes"]
 
 
 def test_the_landing_table_comes_from_the_front_matter(built: Book) -> None:

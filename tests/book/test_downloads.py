@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_the_zip_holds_the_book_and_opens_offline(html: Path, browser: Any, tmp_
     assert tab.evaluate("document.fonts.ready.then(() => MathJax.startup.promise).then(() => 1)")
     assert complaints == []
     context.close()
+
+
+def test_every_part_of_the_pages_has_its_licence(html: Path) -> None:
+    """Each file is named in the list that the pages link to, and nothing is that is not there."""
+    index = (html / "book" / "index.html").read_text(encoding="utf-8")
+    assert 'href="../_static/licences.txt"' in index
+    text = (html / "_static" / "licences.txt").read_text(encoding="utf-8")
+    patterns = [p for line in text.splitlines() if line.startswith("    ") for p in line.split()]
+    static = html / "_static"
+    files = [p.relative_to(static).as_posix() for p in static.rglob("*") if p.is_file()]
+
+    def names(pattern: str, file: str) -> bool:
+        return fnmatch(file, f"{pattern}*" if pattern.endswith("/") else pattern)
+
+    assert [file for file in files if not any(names(p, file) for p in patterns)] == []
+    assert [p for p in patterns if not any(names(p, file) for file in files)] == []
 
 
 def test_an_archive_is_whole_or_not_there(tmp_path: Path) -> None:
