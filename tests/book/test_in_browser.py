@@ -65,6 +65,7 @@ class Watch:
 
     def __init__(self, page: Any, own: str) -> None:
         self.complaints: list[str] = []
+        self.answers: list[Any] = []
         page.on("request", lambda request: self._request(request.url, own))
         page.on("requestfailed", lambda request: self._note(f"failed: {request.url}"))
         page.on("response", lambda response: self._response(response))
@@ -79,8 +80,13 @@ class Watch:
             self._note(f"asks for {url}")
 
     def _response(self, response: Any) -> None:
+        self.answers.append(response)
         if response.status >= 400:
             self._note(f"{response.status}: {response.url}")
+
+    def weights(self) -> dict[str, int]:
+        """Bytes of all that was fetched, compressed as a server sends it."""
+        return {a.url: len(gzip.compress(a.body(), 6)) for a in self.answers}
 
     def _console(self, message: Any) -> None:
         if message.type in {"error", "warning"}:
@@ -107,14 +113,38 @@ def tab(browser: Any, width: int, scheme: str) -> Iterator[Any]:
     context.close()
 
 
+def mathematics_is_set(page: Any) -> None:
+    formulas, containers, errors = page.evaluate(
+        "[document.querySelectorAll('article .math').length,"
+        " document.querySelectorAll('article .math mjx-container').length,"
+        " document.querySelectorAll('mjx-merror, [data-mjx-error]').length]"
+    )
+    font = "[...document.fonts].some(f => f.family.startsWith('MJX') && f.status === 'loaded')"
+    assert errors == 0
+    assert containers >= formulas
+    assert not formulas or page.evaluate(font), "the fonts of the formulas were not loaded"
+    assert page.evaluate(CUT_OFF) == [], "formulas wider than the text, on a desktop"
+
+
+def a_first_view_weighs_little(watch: Watch) -> None:
+    """At most 2 MB, with nothing kept from an earlier page."""
+    weights = watch.weights()
+    heaviest = sorted(weights.items(), key=lambda item: -item[1])[:5]
+    assert len(weights) > 5
+    assert sum(weights.values()) <= 2_000_000, heaviest
+
+
 @pytest.mark.parametrize(("source", "width", "scheme"), VIEWS)
 @pytest.mark.parametrize("docname", [*NAMES, "genindex", "search"])
 def test_a_page_reads_well_and_asks_for_nothing(
-    tab: Any, base: str, docname: str, width: int, scheme: str
+    tab: Any, base: str, docname: str, source: str, width: int, scheme: str
 ) -> None:
     watch = Watch(tab, base)
     tab.goto(f"{base}/{docname}.html", wait_until="load")
     tab.evaluate(SETTLED)
+    if (source, width, scheme) == ("http", 1280, "light"):
+        mathematics_is_set(tab)
+        a_first_view_weighs_little(watch)
     tab.evaluate(OPEN_EVERYTHING)
     tab.wait_for_timeout(300)
     assert watch.complaints == []
@@ -145,45 +175,6 @@ def test_no_barrier_is_found(browser: Any, site: str, docname: str, scheme: str)
     rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
     found = Axe().run(page, options=rules).response["violations"]
     assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
-    context.close()
-
-
-@pytest.mark.parametrize("docname", NAMES)
-def test_a_first_view_weighs_little(browser: Any, site: str, docname: str) -> None:
-    """At most 2 MB, compressed as a server sends it, with nothing kept from an earlier page."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    weights: dict[str, int] = {}
-
-    def weigh(response: Any) -> None:
-        if response.url.startswith(site):
-            weights[response.url] = len(gzip.compress(response.body(), 6))
-
-    page.on("requestfinished", lambda request: weigh(request.response()))
-    page.goto(f"{site}/{docname}.html", wait_until="load")
-    page.evaluate(SETTLED)
-    assert len(weights) > 5
-    heaviest = sorted(weights.items(), key=lambda item: -item[1])[:5]
-    assert sum(weights.values()) <= 2_000_000, heaviest
-    context.close()
-
-
-@pytest.mark.parametrize("docname", NAMES)
-def test_mathematics_is_set(browser: Any, site: str, docname: str) -> None:
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(f"{site}/{docname}.html", wait_until="load")
-    page.evaluate(SETTLED)
-    formulas, containers, errors = page.evaluate(
-        "[document.querySelectorAll('article .math').length,"
-        " document.querySelectorAll('article .math mjx-container').length,"
-        " document.querySelectorAll('mjx-merror, [data-mjx-error]').length]"
-    )
-    font = "[...document.fonts].some(f => f.family.startsWith('MJX') && f.status === 'loaded')"
-    assert errors == 0
-    assert containers >= formulas
-    assert not formulas or page.evaluate(font), "the fonts of the formulas were not loaded"
-    assert page.evaluate(CUT_OFF) == [], "formulas wider than the text, on a desktop"
     context.close()
 
 

@@ -19,10 +19,10 @@ import pytest
 from tools.chapters import read_page, toc_names
 
 ROOT = Path(__file__).resolve().parents[2]
-IN_LAB = ("book/gibbs", "book/simulation", "book/regression")
+IN_LAB = ("book/simulation",)
 """Chapters that run whole here; all of them with AMORTLIB_ALL=1, which takes as long as the build.
 
-What runs in the build is what runs here, cell by cell, so that a few show the way of all.
+What runs in the build is what runs here, cell by cell, so that one shows the way of all.
 """
 NOTEBOOKS = [name for name in toc_names(ROOT) if read_page(ROOT, name).is_notebook]
 if os.environ.get("AMORTLIB_ALL"):
