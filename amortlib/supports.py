@@ -66,6 +66,12 @@ class Box(eqx.Module):
         lows, highs = (np.array(end, float) for end in ends)
         if lows.ndim != 1 or not (lows < highs).all():
             raise ValueError(f"expected low < high, each of shape (d,), got {lows} and {highs}")
+        # T counts in the precision of the parameters, which is single unless told otherwise.
+        widths = (highs - lows).astype(np.float32)
+        if not (widths >= np.finfo(np.float32).tiny).all():
+            raise ValueError(
+                f"expected a width that single precision can hold, got {lows} and {highs}"
+            )
         self.low, self.high = tuple(map(float, lows)), tuple(map(float, highs))
 
     @property

@@ -48,6 +48,7 @@ def test_the_default_head_holds_the_bars() -> None:
         ("gates", "one piece missing"),
         ("expressiveness", "spline flow"),
         ("refinement", "both gates"),
+        ("throughput", "of matrix rate"),
         ("widgets", "gap explorer"),
     ],
 )

@@ -229,3 +229,8 @@ def test_it_compiles_once_for_every_mask() -> None:
         assert np.isfinite(draws).all()
         assert np.isfinite(mean).all()
     assert len(traced) == 1
+
+
+def test_a_width_of_nothing_in_single_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="a width that single precision can hold"):
+        Box(0.0, 1e-46)
