@@ -213,14 +213,16 @@ def test_a_chapter_opens_as_a_notebook_and_runs(browser: Any, lab: str, docname:
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(error.stack))
-    page.goto(f"{lab}/lab/tree/{name}.md")
+    # A workspace of its own: JupyterLab opens again what was open before, and shows that first.
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/{name}.md")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
     page.wait_for_function(
         "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
         timeout=90_000,
     )
+    assert page.evaluate("jupyterapp.shell.currentWidget.context.path") == f"{name}.md"
     page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
-    page.wait_for_function(f"({DONE})() || ({FAILED})().length", timeout=600_000, polling=500)
+    page.wait_for_function(f"({DONE})() || ({FAILED})().length", timeout=400_000, polling=500)
     assert page.evaluate(FAILED) == []
 
     live = page.evaluate(f"""() => [...({CELLS})()].findIndex((cell) => cell.type === 'code'
