@@ -41,7 +41,7 @@ from amortlib.problems import InverseProblem, lorenz63_sign_lost
 from amortlib.solvers import Oracle, importance_sample
 from amortlib.training import fit, trainable
 from amortlib.types import Array, Event, Key, to_double
-from benchmarks.report import Bar, arguments, finish, table
+from benchmarks.report import Bar, arguments, finish, median_seconds, table
 from benchmarks.two_sample import c2st
 
 FOLDER = Path(__file__).parent.parent / "book" / "weights"
@@ -240,12 +240,7 @@ def measure(draw: Callable[[dict, int], np.ndarray], refs: list[dict]) -> dict[s
 
 def sample_seconds(model: AmortizedPosterior, event: Event, repeats: int = 5) -> float:
     """Median seconds for `DRAWS` draws of one event, compiled before."""
-    times = []
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(_SAMPLE(model, event, jax.random.key(i)))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+    return median_seconds(lambda: _SAMPLE(model, event, jax.random.key(1)), repeats)
 
 
 def held_out_nll(model: AmortizedPosterior, n: int = 256) -> float:

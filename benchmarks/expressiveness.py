@@ -27,7 +27,7 @@ from amortlib.problems import lorenz63
 from amortlib.training import fit, trainable
 from amortlib.types import Event
 from benchmarks.flow_lorenz63 import judge, optimizer, references
-from benchmarks.report import Bar, arguments, finish, table
+from benchmarks.report import Bar, arguments, finish, median_seconds, table
 
 SEEDS = {"weights": 0, "training": 1, "held out": 71, "references": 72}
 ENCODER = {"features": 96, "width": 192, "depth": 2}
@@ -74,12 +74,7 @@ def train(name: str, steps: int) -> tuple[AmortizedPosterior, float]:
 def sample_seconds(model: AmortizedPosterior, event: Event, repeats: int = 21) -> float:
     """Median seconds for `DRAWS` draws of one event, compiled before."""
     draw = eqx.filter_jit(lambda m, e, key: m.sample(e, DRAWS, key=key))
-    times = []
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(draw(model, event, jax.random.key(i)))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+    return median_seconds(lambda: draw(model, event, jax.random.key(1)), repeats)
 
 
 def measure(model: AmortizedPosterior, held_out: Any, refs: Any) -> dict[str, float]:

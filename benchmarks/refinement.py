@@ -47,7 +47,7 @@ from amortlib.solvers import Oracle, OracleAnalysis
 from amortlib.training import fit
 from amortlib.types import Array, Event, to_double
 from benchmarks.flow_lorenz63 import energy_of, optimizer
-from benchmarks.report import Bar, finish, parser, table
+from benchmarks.report import Bar, finish, median_seconds, parser, table
 
 FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_mixture.safetensors"
 SEEDS = {
@@ -263,17 +263,6 @@ def densities(model: AmortizedPosterior, field: Field, events: Event) -> dict[st
         "ess": float(found.ess.mean()),
         "khat_above": 100 * float((found.khat > KHAT).mean()),
     }
-
-
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def ratios(

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, its table for people, its file for programs."""
+"""What every benchmark shares: flags, a clock, a table for people, a file for programs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call, after one that compiles."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from amortlib.energy import Energy
 from amortlib.posterior import AmortizedPosterior
@@ -27,7 +25,7 @@ from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost
 from amortlib.solvers import Oracle
 from amortlib.types import Array, Event, Key
 from benchmarks.refinement import load as load_mixture
-from benchmarks.report import Bar, arguments, finish, table
+from benchmarks.report import Bar, arguments, finish, median_seconds, table
 
 SEEDS = {"events": 61, "draws": 62, "oracle": 63}
 EVENTS, DRAWS = 1000, 100
@@ -44,17 +42,6 @@ def one_core() -> None:
     """Keep this process on one core, where the system can."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def matrix_rate(repeats: int) -> float:

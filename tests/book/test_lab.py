@@ -120,21 +120,27 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             server.wait(timeout=30)
 
 
-def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
-    browser: Any, lab: str
-) -> None:
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    page = context.new_page()
+def opened(browser: Any, lab: str, name: str) -> tuple[Any, list[str]]:
+    """A page as a notebook with an idle kernel, and the errors that are yet to come."""
+    page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(error.stack))
-    page.goto(f"{lab}/lab/tree/page.md")
+    # A workspace of its own: JupyterLab opens again what was open before, and shows that first.
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/{name}.md")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
     # Before the kernel answers, a cell that is run is forgotten.
     page.wait_for_function(
-        "document.querySelector('#jp-bottom-panel, .jp-StatusBar-Widget, #jp-main-statusbar')"
-        "?.textContent.includes('| Idle')",
+        "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
         timeout=90_000,
     )
+    assert page.evaluate("jupyterapp.shell.currentWidget.context.path") == f"{name}.md"
+    return page, errors
+
+
+def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
+    browser: Any, lab: str
+) -> None:
+    page, errors = opened(browser, lab, "page")
     cells = page.query_selector_all(".jp-Notebook .jp-CodeCell")
     assert len(cells) == 4
 
@@ -176,7 +182,7 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
     page.wait_for_function(f"document.querySelector('{width}').value === '0.5'", timeout=30_000)
     assert re.search("95% of the truths, [4-7]", page.inner_text(".live-words >> nth=1"))
     assert errors == []
-    context.close()
+    page.context.close()
 
 
 # The model of the notebook that is open, whatever of it is in sight.
@@ -208,19 +214,7 @@ TRAIT = """[getattr(w, {name!r})
 @pytest.mark.parametrize("docname", IN_LAB)
 def test_a_chapter_opens_as_a_notebook_and_runs(browser: Any, lab: str, docname: str) -> None:
     """Every cell of it; then its first slider is moved, and the kernel knows."""
-    name = docname.rpartition("/")[2]
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(error.stack))
-    # A workspace of its own: JupyterLab opens again what was open before, and shows that first.
-    page.goto(f"{lab}/lab/workspaces/{name}/tree/{name}.md")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
-    page.wait_for_function(
-        "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
-        timeout=90_000,
-    )
-    assert page.evaluate("jupyterapp.shell.currentWidget.context.path") == f"{name}.md"
+    page, errors = opened(browser, lab, docname.rpartition("/")[2])
     page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_function(f"({DONE})() || ({FAILED})().length", timeout=400_000, polling=500)
     assert page.evaluate(FAILED) == []
@@ -242,4 +236,4 @@ def test_a_chapter_opens_as_a_notebook_and_runs(browser: Any, lab: str, docname:
     # JupyterLab's own cell toolbar looks for a Markdown cell that is out of sight.
     assert [error for error in errors if "_markdownOverlapsToolbar" not in error] == []
     page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-    context.close()
+    page.context.close()
