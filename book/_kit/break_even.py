@@ -86,7 +86,7 @@ class BreakEven(LiveWidget):
         super().__init__(kind="break-even", title="When amortizing pays", share=share, **logs)
         if compare is not None:
             costs = _costs(compare)
-            self.draw_beside(lambda: costs | {"label": label}, [])
+            self.draw_beside(lambda: costs | {"label": label})
 
     def break_even(self) -> float:
         """The number of events from which on training has paid; infinite where it never does."""

@@ -171,7 +171,7 @@ def judge_ranks(ranks: Ranks, draws: int, label: str) -> dict[str, Any]:
     return {
         "counts": (np.asarray(counts) * EVENTS / n).tolist(),
         "coverage": central_coverage(rows[0], draws).tolist(),
-        "said": f"{label}: over {n:,} events p is {found}, and the gate {gate}.",
+        "said": f"“{label}”: over {n:,} events p is {found}, and the gate {gate}.",
         "label": label,
     }
 

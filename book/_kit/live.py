@@ -68,7 +68,9 @@ class LiveWidget(anywidget.AnyWidget, metaclass=_Meta):
     def still(self) -> tuple[Figure, str]:
         """A picture of the widget as it stands, and the same in words."""
 
-    def draw_beside(self, answer: Callable[[], dict[str, Any]], controls: Sequence[str]) -> None:
+    def draw_beside(
+        self, answer: Callable[[], dict[str, Any]], controls: Sequence[str] = ()
+    ) -> None:
         """Draw what `answer` returns as the overlay, now and whenever a control is moved.
 
         Without a kernel it stays as it is now.
@@ -77,7 +79,8 @@ class LiveWidget(anywidget.AnyWidget, metaclass=_Meta):
         def ask(_: Any = None) -> None:
             self.overlay = answer()
 
-        self.observe(ask, controls)
+        if controls:  # none would be all to traitlets
+            self.observe(ask, controls)
         ask()
 
     def state(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_ranks_of_ones_own_are_judged_by_the_test_of_the_package() -> None:
     p = 2 * stats.chisquare(counts).pvalue  # the smaller of two, adjusted by Holm
     assert 1e-4 < p < 0.01
     assert found["said"] == (
-        f"mine: over 400 events p is {p:.2g} by the component and {p:.2g} by the energy, "
+        f"“mine”: over 400 events p is {p:.2g} by the component and {p:.2g} by the energy, "
         "and the gate closes."
     )
     inside = np.abs(2 * stats.norm.cdf(stats.norm.ppf(u)) - 1)

@@ -408,7 +408,7 @@ def test_ranks_and_costs_of_ones_own_are_drawn_beside_the_page(tab: Any, shelf: 
         strict=True,
     ):
         assert "mine" in live.locator(".live-legend").inner_text()
-        assert live.locator(".live-words").inner_text().endswith(f" mine: {words}")
+        assert live.locator(".live-words").inner_text().endswith(f" “mine”: {words}")
         (line,) = live.evaluate(PATHS, "2 4")
         assert len(line) == 2 * 71
         assert (np.diff(line[1::2]) < 0.05).all(), "costs rise, and pixels count from above"

@@ -28,7 +28,7 @@ function answerOf(own, { training, solver, head }) {
   const trained = own.training > 0;
   const even = trained ? breakEvenNumber(own.training, solver - own.seconds) : breakEvenNumber(training, own.seconds - head);
   const crossing = even >= 1 && even < 1e7 ? [even, own.training + even * own.seconds] : null;
-  const costs = `${own.label}: ${duration(own.seconds)} an event${trained ? `, ${duration(own.training)} of training` : ""}`;
+  const costs = `“${own.label}”: ${duration(own.seconds)} an event${trained ? `, ${duration(own.training)} of training` : ""}`;
   const from = Number.isFinite(even) ? `from ${grouped(Math.ceil(even))} events on` : "at no number of events";
   return { crossing, words: `${costs}; ${trained ? "it is ahead of the solver" : "the head is ahead of it"} ${from}.` };
 }
