@@ -225,11 +225,17 @@ def test_no_barrier_is_found(tab: Any, shelf: Shelf, name: str) -> None:
 # --- mouse and finger ---
 
 
-def middle_of(node: Any) -> tuple[float, float]:
-    """Where the middle of an element is, in sight."""
-    node.evaluate("(node) => node.scrollIntoView({ block: 'center' })")
-    box = node.bounding_box()
-    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+IN_SIGHT = """(node) => {
+  node.scrollIntoView({ block: 'center' });
+  const { x, y, width, height } = node.getBoundingClientRect();
+  return [x + width / 2, y + height / 2, width];
+}"""
+"""Where the middle of an element is, and how wide it is."""
+
+SHARE = "(slider) => (slider.value - slider.min) / (slider.max - slider.min)"
+
+GAP = """(live) => ['start', 'length'].map(
+  (name) => Number(live.querySelector(`[data-name=${name}]`).value))"""
 
 
 def by_mouse(tab: Any, x: float, y: float, to: float) -> None:
@@ -250,45 +256,31 @@ def by_finger(tab: Any, x: float, y: float, to: float) -> None:
     touch.detach()
 
 
-THUMB = """(input) => {
-  // The middle of the thumb of a slider, which is as wide as the slider is not long.
-  const box = input.getBoundingClientRect(), thumb = 16;
-  const share = (input.value - input.min) / (input.max - input.min);
-  return box.left + thumb / 2 + share * (box.width - thumb);
-}"""
-
-
 def test_all_that_is_dragged_follows_mouse_and_finger(tab: Any, shelf: Shelf) -> None:
     """Every slider, by one or the other, and the gap and its edges on the plots that have them, by
     both, on one page of all widgets."""
     kinds = ("break even", "faults", "gap", "holes", "ladder", "landscape")
     opened(tab, shelf.put("all", "".join(shelf.widget(name).to_html() for name in kinds)))
-    for kind, live in zip(kinds, tab.locator(".live").all(), strict=True):
-        for i, slider in enumerate(live.locator("input[type=range]").all()):
+    for kind, live in zip(kinds, tab.query_selector_all(".live"), strict=True):
+        for i, slider in enumerate(live.query_selector_all("input[type=range]")):
             drag, share = ((by_mouse, 0.2), (by_finger, 0.8))[i % 2]
-            low, high = (float(slider.get_attribute(end)) for end in ("min", "max"))
-            x, y = middle_of(slider)
-            length = slider.bounding_box()["width"]
-            drag(tab, slider.evaluate(THUMB), y, x + (share - 0.5) * length)
-            now = (float(slider.input_value()) - low) / (high - low)
-            assert abs(now - share) < 0.15, (kind, slider.get_attribute("data-name"), drag)
-        if not live.locator("[data-handle]").count():
+            x, y, width = slider.evaluate(IN_SIGHT)
+            drag(tab, x, y, x + (share - 0.5) * width)
+            assert abs(slider.evaluate(SHARE) - share) < 0.15, (kind, i, drag)
+        if (gap := live.query_selector("[data-handle=body]")) is None:
             continue
-        gap = [live.locator(f"[data-name={name}]") for name in ("start", "length")]
-        times = int(gap[1].get_attribute("max"))
-        step = live.evaluate("(live) => live.querySelector('clipPath rect').width.baseVal.value")
-        for slider, position in zip(gap, (1, 2), strict=True):
-            slider.fill(str(position))
+        for name, position in (("start", 1), ("length", 2)):
+            live.query_selector(f"[data-name={name}]").fill(str(position))
+        step = gap.evaluate(IN_SIGHT)[2] / 2
         for drag, handle, by, expected in (
-            (by_mouse, "right", 2, (1, 4)),
-            (by_finger, "left", 1, (2, 3)),
-            (by_finger, "body", -2, (0, 3)),
-            (by_mouse, "left", 5, (3, 0)),  # beyond the other edge: nothing, and never less
+            (by_mouse, "right", 2, [1, 4]),
+            (by_finger, "left", 1, [2, 3]),
+            (by_finger, "body", -2, [0, 3]),
+            (by_mouse, "left", 5, [3, 0]),  # beyond the other edge: nothing, and never less
         ):
-            x, y = middle_of(live.locator(f"[data-handle={handle}]"))
-            drag(tab, x, y, x + by * step / times)
-            found = tuple(float(slider.input_value()) for slider in gap)
-            assert found == expected, (kind, handle, drag)
+            x, y, _ = live.query_selector(f"[data-handle={handle}]").evaluate(IN_SIGHT)
+            drag(tab, x, y, x + by * step)
+            assert live.evaluate(GAP) == expected, (kind, handle, drag)
     assert tab.complaints == []
 
 
