@@ -267,11 +267,11 @@ def test_all_that_is_dragged_follows_mouse_and_finger(tab: Any, shelf: Shelf) ->
             x, y, width = slider.evaluate(IN_SIGHT)
             drag(tab, x, y, x + (share - 0.5) * width)
             assert abs(slider.evaluate(SHARE) - share) < 0.15, (kind, i, drag)
-        if (gap := live.query_selector("[data-handle=body]")) is None:
+        if kind in ("break even", "faults"):  # they have no gap
             continue
         for name, position in (("start", 1), ("length", 2)):
             live.query_selector(f"[data-name={name}]").fill(str(position))
-        step = gap.evaluate(IN_SIGHT)[2] / 2
+        step = live.query_selector("[data-handle=body]").evaluate(IN_SIGHT)[2] / 2
         for drag, handle, by, expected in (
             (by_mouse, "right", 2, [1, 4]),
             (by_finger, "left", 1, [2, 3]),
