@@ -1,5 +1,6 @@
 """What the numerics tests share."""
 
+import os
 from collections.abc import Iterator
 
 import jax
@@ -9,6 +10,19 @@ from hypothesis import settings
 # Examples are the same on every run, and a slow first compilation is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs on disk: half of the suite's time is spent in the compiler.
+
+    Most programs are small and the same in many modules. Each test process has a folder of its own,
+    because JAX does not write the files in one step, and another process could read a half.
+    """
+    process = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = config.rootpath / "_build" / ".programs" / process
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="module", autouse=True)
