@@ -3,9 +3,13 @@
 import os
 from collections.abc import Iterator
 
-import jax
 import pytest
 from hypothesis import settings
+
+# Before JAX is loaded: it warns of each compiled program that it reads from disk.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import jax  # noqa: E402
 
 # Examples are the same on every run, and a slow first compilation is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=30)
@@ -23,6 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+LONGEST = ("tests/test_benchmarks.py", "tests/book/test_in_browser.py")
+"""What would keep one process at work when the other has nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the others follow in their order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)
