@@ -9,7 +9,7 @@ from hypothesis import settings
 # Before JAX is loaded: it warns of each compiled program that it reads from disk.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
-import jax  # noqa: E402
+import jax
 
 # Examples are the same on every run, and a slow first compilation is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=30)
