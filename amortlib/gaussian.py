@@ -39,14 +39,12 @@ _LOG_2PI = math.log(2.0 * math.pi)
 
 
 class AbstractDistribution(eqx.Module):
-    """A distribution over one state `x` of shape `(d,)`; what a head returns for an event.
+    """A distribution over one state `x` of shape `(d,)`; what a head returns for an event."""
 
-    Attributes:
-        exact_log_prob: whether `log_prob` is a formula, exact to rounding, or has an error of its
-            own, as the solution of an ODE has.
-    """
-
-    exact_log_prob: eqx.AbstractClassVar[bool]
+    @property
+    @abc.abstractmethod
+    def exact_log_prob(self) -> bool:
+        """Whether `log_prob` is a formula, exact to rounding; the end of an ODE has an error."""
 
     @abc.abstractmethod
     def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:

@@ -190,7 +190,7 @@ def _signs(
     jacobian = residual_jacobian(energy, end, event)
     newton = jnp.linalg.solve(jacobian.T @ jacobian, jacobian.T @ energy.residual(end, event))
     least = cost(end)
-    if type(q).exact_log_prob:
+    if q.exact_log_prob:
         x = q.sample(DRAWS, key=key)
         figures = importance_figures(jax.vmap(lambda x: -energy(x, event) - q.log_prob(x))(x))
         weights, khat = -figures.ess, figures.khat

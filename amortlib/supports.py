@@ -5,15 +5,15 @@ with x = T(u), u unconstrained,
 
     log q(x | y) = log q_u(T^-1(x) | y) - log |det dT/du|,
 
-so that no draw can leave the support, and log-densities stay exact. Train on T^-1(x), as
-`unbounded` makes a problem of it, and ask `on_support` for the answer. Stan does likewise:
-Carpenter et al. (2017), *Stan: a probabilistic programming language*, J. Stat. Softw. 76.
+so that no draw can leave the support, and log-densities are as exact as those of u: a formula for
+Gaussians, mixtures and flows, the end of an ODE for score heads. Train on T^-1(x), as `unbounded`
+makes a problem of it, and ask `on_support` for the answer. Stan does likewise: Carpenter et al.
+(2017), *Stan: a probabilistic programming language*, J. Stat. Softw. 76.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -26,6 +26,7 @@ from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov, quasi
 from amortlib.heads.base import AbstractHead
 from amortlib.heads.flow import FlowDistribution
 from amortlib.heads.mixture import GaussianMixture
+from amortlib.heads.score import ScoreDistribution
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems.base import InvalidProblemError, InverseProblem
 from amortlib.types import Array, Key, PyTree
@@ -152,34 +153,66 @@ def _mirror(high: float) -> AbstractBijection:
 class BoxDistribution(AbstractDistribution):
     """A density on a support: that of T(u), u from a density on the whole space.
 
-    Log-densities are as exact as those of `inner`. Mean, covariance and standard deviation are
-    averages over quasi-random points, without a key. The *mode* is T of the mode of u: the
-    highest point of a density depends on the coordinates, and in those of the support it may sit
-    on an end, where the density can be infinite. In the unconstrained ones there is always one.
+    Log-densities are as exact as those of `inner`, which `exact_log_prob` states: the density of a
+    score has the errors of its flow ODE, and none besides. There `log_prob` takes the exact trace,
+    d derivatives a step, and `log_prob_estimate` Hutchinson's estimate of it.
+
+    Mean, covariance and standard deviation are averages over quasi-random points, without a key.
+    The *mode* is T of the mode of u: the highest point of a density depends on the coordinates, and
+    in those of the support it may sit on an end, where the density can be infinite. In the
+    unconstrained ones there is always one.
 
     Attributes:
         inner: the density of u.
         box: the support.
     """
 
-    exact_log_prob: ClassVar[bool] = True
-
     inner: AbstractDistribution
     box: Box = eqx.field(static=True)
 
-    def __check_init__(self):
-        if not self.inner.exact_log_prob:
-            raise TypeError(
-                f"expected a density with an exact log_prob, got {type(self.inner).__name__}"
-            )
+    @property
+    def exact_log_prob(self) -> bool:
+        """Whether that of `inner` is."""
+        return self.inner.exact_log_prob
 
-    def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
-        """Log-density at `x`; minus infinity outside of the support."""
+    def _carried(
+        self, log_prob: Callable[[Array], Array], x: Float[Array, " d"]
+    ) -> Float[Array, ""]:
+        """Log-density at `x`, from that of u."""
         held = jnp.all(self.box.holds(x))
         # Where `x` is outside, some point inside stands in for it, so that no NaN gets into
         # derivatives.
         u = self.box.to_line(jnp.where(held, x, self.box.to_support(jnp.zeros_like(x))))
-        return jnp.where(held, self.inner.log_prob(u) - self.box.log_slope(u), -jnp.inf)
+        return jnp.where(held, log_prob(u) - self.box.log_slope(u), -jnp.inf)
+
+    def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
+        """Log-density at `x`; minus infinity outside of the support."""
+        return self._carried(self.inner.log_prob, x)
+
+    def log_prob_estimate(
+        self, x: Float[Array, " d"], *, key: Key, probes: int = 1
+    ) -> Float[Array, ""]:
+        """Log-density at `x` where `inner` is a score's, with the trace estimated.
+
+        The slope of T is exact here too. See
+        [`ScoreDistribution`][amortlib.heads.ScoreDistribution] for what the estimate is worth.
+
+        Args:
+            x: where; minus infinity outside of the support.
+            key: draws the probes.
+            probes: how many.
+
+        Raises:
+            TypeError: where the log-density is no estimate to begin with.
+            ValueError: on less than one probe.
+        """
+        inner = self.inner
+        if not isinstance(inner, ScoreDistribution):
+            raise TypeError(
+                "expected the density of a score head, whose log-density can be estimated, got "
+                f"{type(inner).__name__}: ask for log_prob, which is exact"
+            )
+        return self._carried(lambda u: inner.log_prob_estimate(u, key=key, probes=probes), x)
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws, every one of them inside the support."""
@@ -194,7 +227,7 @@ class BoxDistribution(AbstractDistribution):
     def _points(self) -> tuple[Float[Array, "p d"], Float[Array, " p"]]:
         """Points of the support that stand for draws, and their weights."""
         inner = self.inner
-        if isinstance(inner, FlowDistribution):
+        if isinstance(inner, FlowDistribution | ScoreDistribution):
             u, weight = inner.points_of_components()
         elif isinstance(inner, GaussianMixture):
             z = jnp.asarray(quasi_normal(_POINTS, self.box.dim), inner.part.loc.dtype)
@@ -205,7 +238,7 @@ class BoxDistribution(AbstractDistribution):
             u, weight = jax.vmap(inner.colour)(z)[None], jnp.ones(1)
         else:
             raise TypeError(
-                "expected a Gaussian, a mixture or a flow for moments without a key, got "
+                "expected a Gaussian, a mixture, a flow or a score for moments without a key, got "
                 f"{type(inner).__name__}: average over draws instead"
             )
         each = jnp.repeat(weight / u.shape[1], u.shape[1])
@@ -290,14 +323,24 @@ def unbounded(
             [`InverseProblem.check`][amortlib.problems.InverseProblem.check] refuses.
     """
     problem.check(key)
-    keys = jax.random.split(key, draws)
-    x = jax.jit(jax.vmap(problem.prior_sample))(keys)
-    if x.shape != (draws, box.dim):
+    shape = jax.eval_shape(problem.prior_sample, key).shape
+    if shape != (box.dim,):
         raise InvalidProblemError(
-            f"expected prior_sample(key) of shape ({box.dim},), the ends of the box, got "
-            f"{x.shape[1:]}"
+            f"expected prior_sample(key) of shape ({box.dim},), the ends of the box, got {shape}"
         )
-    held = np.asarray(jax.vmap(box.holds)(x))
+
+    # One program: a bijection, operation by operation, is many small ones to compile.
+    @jax.jit
+    def drawn(keys):
+        x = jax.vmap(problem.prior_sample)(keys)
+        u = jax.vmap(box.to_line)(x)
+        # Parameters whose draws hardly differ still get a positive spread.
+        spread = jnp.cov(u.T, ddof=1).reshape(box.dim, box.dim) + 1e-8 * jnp.eye(box.dim)
+        return x, jax.vmap(box.holds)(x), u.mean(0), jnp.linalg.cholesky(spread)
+
+    keys = jax.random.split(key, draws)
+    x, held, centre, root = drawn(keys)
+    held = np.asarray(held)
     if not held.all():
         row, column = (int(i[0]) for i in np.nonzero(~held))
         words = np.asarray(jax.random.key_data(keys[row])).tolist()
@@ -306,14 +349,10 @@ def unbounded(
             f"got {float(x[row, column]):g} from prior_sample with the key {words}; "
             f"{int((~held.all(axis=1)).sum())} of {draws} draws are outside the support"
         )
-    u = jax.vmap(box.to_line)(x)
-    centre = u.mean(0)
-    # Parameters whose draws hardly differ still get a positive spread.
-    covariance = jnp.cov(u.T, ddof=1).reshape(box.dim, box.dim) + 1e-8 * jnp.eye(box.dim)
     free = dataclasses.replace(
         problem,
         prior_sample=_FreePrior(problem.prior_sample, box),
         forward=_FreeForward(problem.forward, box),
         prior=None,
     )
-    return free, Gaussian.from_covariance(centre, covariance)
+    return free, Gaussian(centre, root)

@@ -210,7 +210,7 @@ def _judge(
             "log_q_is_number": jnp.array(True),
         }
         # A density that an ODE integrates, with an error of its own, is no base for weights.
-        if getattr(type(q), "exact_log_prob", True):
+        if getattr(q, "exact_log_prob", True):
             log_q, log_q_truth = jax.vmap(q.log_prob)(x), q.log_prob(truth)
             figures = importance_figures(-J - log_q)
             out |= {"kl": figures.kl, "ess": figures.ess, "khat": figures.khat}

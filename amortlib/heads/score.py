@@ -657,8 +657,8 @@ class ScoreDistribution(AbstractDistribution):
 
         return jax.vmap(one)(jnp.arange(self.log_weight.size))
 
-    def _images(self) -> tuple[Float[Array, "k n d"], Float[Array, " k"]]:
-        """Where the flow ODE takes the base points of each component, and the weights."""
+    def points_of_components(self) -> tuple[Float[Array, "k n d"], Float[Array, " k"]]:
+        """Where the flow ODE takes the base points of each component, and the weight of each."""
         unused = jax.random.key(0)  # an ODE draws nothing
         points = jnp.asarray(
             quasi_normal(self.points, self.frame.loc.shape[-1]), self.frame.loc.dtype
@@ -674,7 +674,7 @@ class ScoreDistribution(AbstractDistribution):
 
     def mode(self) -> Float[Array, " d"]:
         """The point of highest `log_prob`, by ascent from the best images of the base points."""
-        images, _ = self._images()
+        images, _ = self.points_of_components()
         # Ascend in the whitened coordinates of one component, where the density is round.
         frame = self.at(jnp.argmax(self.log_weight))
         few = images[:, : max(1, _MODE_STARTS // self.log_weight.size)]
@@ -684,12 +684,12 @@ class ScoreDistribution(AbstractDistribution):
 
     def mean(self) -> Float[Array, " d"]:
         """The mean over the images of the base points."""
-        images, weight = self._images()
+        images, weight = self.points_of_components()
         return weight @ images.mean(axis=1)
 
     def covariance(self) -> Float[Array, "d d"]:
         """The covariance over the images of the base points."""
-        images, weight = self._images()
+        images, weight = self.points_of_components()
         off = images - weight @ images.mean(axis=1)
         return jnp.einsum("k,kni,knj->ij", weight, off, off) / images.shape[1]
 
