@@ -3,8 +3,8 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``search``, ``objectives``, ``training``, ``calibration``, ``guard``, ``bundle``,
-``catalogue``, ``alert``, ``deploy``.
+``refine``, ``search``, ``searched``, ``objectives``, ``training``, ``calibration``, ``guard``,
+``bundle``, ``catalogue``, ``alert``, ``deploy``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -33,6 +33,7 @@ from amortlib import (
     problems,
     refine,
     search,
+    searched,
     solvers,
     training,
     types,
@@ -92,6 +93,7 @@ __all__ = [
     "run_gates",
     "save",
     "search",
+    "searched",
     "simulate_pair",
     "solvers",
     "train_step",

@@ -120,6 +120,13 @@ def probe_directions(d: int) -> Float[np.ndarray, "p d"]:
     return np.stack(out)
 
 
+def whitened_covariance(energy: Energy, covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """That of the control variable, B^{-1/2} C B^{-T/2}, of a covariance C of the state."""
+    loc, white = energy.prior.loc[:, None], jax.vmap(energy.prior.whiten, in_axes=1)
+    spread = white(white(covariance + loc) + loc)
+    return 0.5 * (spread + spread.T)
+
+
 class RefinedContext(eqx.Module):
     """What refinement hands to a head: refined points, the guess last, and J seen from each.
 
@@ -190,11 +197,9 @@ class RefinedEncoder(AbstractEncoder):
 
     def first(self, event: Event) -> tuple[Float[Array, "s d"], Float[Array, "d d"]]:
         """Control variables to start from, and the Cholesky factor of the guess's covariance."""
-        prior, guess = self.energy.value.prior, self.guess.value(event)
-        v = prior.whiten(guess.mode())
-        rows = jax.vmap(prior.whiten, in_axes=1)(guess.covariance() + prior.loc[:, None])
-        spread = jax.vmap(prior.whiten, in_axes=1)(rows + prior.loc[:, None])
-        spread = 0.5 * (spread + spread.T)
+        guess = self.guess.value(event)
+        v = self.energy.value.prior.whiten(guess.mode())
+        spread = whitened_covariance(self.energy.value, guess.covariance())
         if self.starts == 1:
             return v[None], jnp.linalg.cholesky(spread)
         # Starts to the side are a choice, and not a function to be differentiated.
@@ -241,13 +246,20 @@ class RefinedEncoder(AbstractEncoder):
         )
         return prior.colour(v), chol, features, cost
 
-    def __call__(self, event: Event) -> RefinedContext:
-        """Context of one event."""
+    def ends(
+        self, event: Event
+    ) -> tuple[Float[Array, "s d"], Float[Array, " d"], Float[Array, "d d"]]:
+        """Refined control variables; the guess's own, and the Cholesky factor of its spread."""
         energy = self.energy.value
         starts, spread = self.first(event)
         ends = jax.vmap(
             lambda v: refine(energy, v, event, steps=self.steps, derivative=self.derivative)
         )(starts)
+        return ends, starts[0], spread
+
+    def __call__(self, event: Event) -> RefinedContext:
+        """Context of one event."""
+        ends, centre, spread = self.ends(event)
         loc, chol, features, cost = jax.vmap(lambda v: self._look(v, event))(ends)
         evidence = jnp.sum(jnp.log(jnp.diagonal(chol, axis1=1, axis2=2)), axis=1) - cost
 
@@ -258,7 +270,7 @@ class RefinedEncoder(AbstractEncoder):
 
         same = jnp.sum(jnp.exp(-0.5 * jax.vmap(apart)(chol, loc)), axis=1)
         weight = jax.nn.log_softmax(evidence - jnp.log(same))
-        last = self._look(starts[0], event, spread)
+        last = self._look(centre, event, spread)
         loc, chol, features, cost = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b[None]]), (loc, chol, features, cost), last
         )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from amortlib.encoders import AbstractEncoder
 from amortlib.energy import Energy
@@ -26,7 +26,16 @@ from amortlib.modes import stationary_point
 from amortlib.posterior import AmortizedPosterior
 from amortlib.types import Array, Event, Fixed
 
-__all__ = ["Field", "SearchContext", "SearchEncoder", "SearchHead", "search", "search_posterior"]
+__all__ = [
+    "Field",
+    "SearchContext",
+    "SearchEncoder",
+    "SearchHead",
+    "component_starts",
+    "search",
+    "search_ends",
+    "search_posterior",
+]
 
 Derivative = Literal["implicit", "unrolled"]
 
@@ -173,14 +182,46 @@ def search(
     """
     if derivative not in ("implicit", "unrolled"):
         raise ValueError(f"expected 'implicit' or 'unrolled', got {derivative!r}")
+    _check(starts, field)
+    if derivative == "unrolled":
+        ends, cost = _search(energy, starts, event, field)
+        return ends[_lowest(cost)]
+    ends, cost = _search(*_held((energy, starts, event)), field)
+    return stationary_point(lambda v: _cost(energy, v, event), ends[_lowest(cost)])
+
+
+def search_ends(
+    energy: Energy, starts: Float[Array, "s d"], event: Event, *, field: Field
+) -> Float[Array, "w d"]:
+    """Where the last starts of a field end, in control variables: minima, or on the way to one.
+
+    The lowest of them is the answer of [`search`][], and all have the derivative in `event.y` that
+    a minimum has. Arguments and errors are those of `search`.
+    """
+    _check(starts, field)
+    ends, _ = _search(*_held((energy, starts, event)), field)
+    return jax.vmap(lambda v: stationary_point(lambda v: _cost(energy, v, event), v))(ends)
+
+
+def component_starts(energy: Energy, mixture: GaussianMixture) -> Float[Array, "s d"]:
+    """A mixture's component means, as control variables.
+
+    Raises:
+        TypeError: on what is no mixture.
+    """
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(f"expected a guess that is a mixture, got {type(mixture).__name__}")
+    return jax.vmap(energy.prior.whiten)(mixture.part.loc)
+
+
+def _check(starts: Array, field: Field) -> None:
     first = field.widths[0] if field.steps else 1
     if starts.ndim != 2 or starts.shape[0] < first:
         raise ValueError(f"expected starts of shape (s, d), s >= {first}, got {starts.shape}")
 
-    if derivative == "implicit":
-        best = _search(*_held((energy, starts, event)), field)
-        return stationary_point(lambda v: _cost(energy, v, event), best)
-    return _search(energy, starts, event, field)
+
+def _lowest(cost: Float[Array, "*b n"]) -> Int[Array, "*b"]:
+    return jnp.argmin(jnp.where(jnp.isfinite(cost), cost, jnp.inf), axis=-1)
 
 
 def _held(tree: Any) -> Any:
@@ -188,7 +229,11 @@ def _held(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a, tree)
 
 
-def _search(energy: Energy, starts: Array, event: Event, field: Field) -> Array:
+def _search(
+    energy: Energy, starts: Array, event: Event, field: Field
+) -> tuple[Float[Array, "w d"], Float[Array, " w"]]:
+    """Where the starts of the last step end, and J there."""
+
     def narrowed(tree: tuple, cost: Array, width: int) -> tuple:
         if width == cost.shape[0]:
             return tree
@@ -205,7 +250,7 @@ def _search(energy: Energy, starts: Array, event: Event, field: Field) -> Array:
 
     def lowest(tree: Any, cost: Array) -> Any:
         """Of the trials of each start, on the second axis, the lowest."""
-        best = jnp.argmin(jnp.where(jnp.isfinite(cost), cost, jnp.inf), axis=1)
+        best = _lowest(cost)
         return jax.tree.map(lambda leaf: leaf[jnp.arange(best.size), best], tree)
 
     def step(carry: tuple[_Local, Array], now: bool, then: bool) -> tuple[_Local, Array]:
@@ -222,29 +267,30 @@ def _search(energy: Energy, starts: Array, event: Event, field: Field) -> Array:
         return at, jnp.where(lower, damping / 10.0, damping * 10.0)
 
     v, first = starts, field.widths[0] if field.steps else 1
-    if field.steps == 0 or first < starts.shape[0]:
+    if field.steps == 0:
+        cost = costs(v)
+        return narrowed((v, cost), cost, 1)
+    if first < starts.shape[0]:
         (v,) = narrowed((v,), costs(v), first)
-    if field.steps:
-        # Step i is taken from the look before it, so Newton's curvature is made one step early.
-        newton = [i >= field.steps - field.newton for i in range(field.steps)]
-        carry = looks(v, newton[0]), jnp.full(v.shape[0], _FIRST_DAMPING, v.dtype)
-        kinds = zip(field.widths[:-1], newton[:-1], newton[1:], strict=True)
-        for (width, now, then), alike in itertools.groupby(kinds):
-            carry = narrowed(carry, carry[0].cost, width)
-            # Steps of one kind are one loop, which compiles once.
-            carry, _ = jax.lax.scan(
-                lambda c, _, now=now, then=then: (step(c, now, then), None),
-                carry,
-                None,
-                length=len(list(alike)),
-            )
-        at, damping = narrowed(carry, carry[0].cost, field.widths[-1])
-        # Of the last step nothing but J is needed.
-        trials = jax.vmap(lambda a, d: _trials(a, d, newton[-1]))(at, damping)
-        there = jax.vmap(costs)(trials)
-        v = jnp.concatenate([at.v, trials.reshape(-1, at.v.shape[1])])
-        (v,) = narrowed((v,), jnp.concatenate([at.cost, there.reshape(-1)]), 1)
-    return v[0]
+    # Step i is taken from the look before it, so Newton's curvature is made one step early.
+    newton = [i >= field.steps - field.newton for i in range(field.steps)]
+    carry = looks(v, newton[0]), jnp.full(v.shape[0], _FIRST_DAMPING, v.dtype)
+    kinds = zip(field.widths[:-1], newton[:-1], newton[1:], strict=True)
+    for (width, now, then), alike in itertools.groupby(kinds):
+        carry = narrowed(carry, carry[0].cost, width)
+        # Steps of one kind are one loop, which compiles once.
+        carry, _ = jax.lax.scan(
+            lambda c, _, now=now, then=then: (step(c, now, then), None),
+            carry,
+            None,
+            length=len(list(alike)),
+        )
+    at, damping = narrowed(carry, carry[0].cost, field.widths[-1])
+    # Of the last step nothing but J is needed.
+    trials = jax.vmap(lambda a, d: _trials(a, d, newton[-1]))(at, damping)
+    cost = jnp.concatenate([at.cost[:, None], jax.vmap(costs)(trials)], axis=1)
+    trials = jnp.concatenate([at.v[:, None], trials], axis=1)
+    return lowest((trials, cost), cost)
 
 
 class SearchContext(eqx.Module):
@@ -293,21 +339,15 @@ class SearchEncoder(AbstractEncoder):
         self.obs_shape, self.uses_sd = guess.encoder.obs_shape, guess.encoder.uses_sd
         self.field, self.derivative = field, derivative
 
-    def starts(self, event: Event) -> Float[Array, "s d"]:
-        """The components' means, as control variables.
+    def __call__(self, event: Event) -> SearchContext:
+        """Context of one event.
 
         Raises:
             TypeError: where the guess is no mixture.
         """
-        mixture = self.guess.value(event)
-        if not isinstance(mixture, GaussianMixture):
-            raise TypeError(f"expected a guess that is a mixture, got {type(mixture).__name__}")
-        return jax.vmap(self.energy.value.prior.whiten)(mixture.part.loc)
-
-    def __call__(self, event: Event) -> SearchContext:
-        """Context of one event."""
         energy = self.energy.value
-        v = search(energy, self.starts(event), event, field=self.field, derivative=self.derivative)
+        starts = component_starts(energy, self.guess.value(event))
+        v = search(energy, starts, event, field=self.field, derivative=self.derivative)
         here = _look(energy, v, event, full=True)
         inner = jnp.linalg.cholesky(here.full)
         precision = jnp.where(jnp.all(jnp.isfinite(inner)), here.full, here.gauss)

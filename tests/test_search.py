@@ -12,7 +12,8 @@ from amortlib.gaussian import Gaussian
 from amortlib.heads import CholeskyHead, MixtureHead
 from amortlib.laplace import laplace, mode_jacobian
 from amortlib.posterior import AmortizedPosterior
-from amortlib.search import Field, search, search_posterior
+from amortlib.search import Field, search, search_ends, search_posterior
+from amortlib.searched import searched_flow_posterior
 from amortlib.solvers import Oracle
 from amortlib.training import trainable
 from amortlib.types import Event, to_double
@@ -184,6 +185,65 @@ def test_the_field_narrows_by_halves():
     assert Field.narrowing(8, 0).steps == 0
 
 
+@pytest.fixture(scope="module")
+def two_sided() -> Event:
+    """Only x_0^2 is seen, and well: two minima, on either side of zero."""
+    return Event(jnp.array([4.0, 0.0, 0.0]), jnp.array([True, False, False]), jnp.full(3, 0.3))
+
+
+def test_the_ends_are_minima_and_the_lowest_is_that_of_the_search(two_sided, x64):
+    energy, event = to_double((ENERGY, two_sided))
+    field = Field((4, 4, 4, 4, 4, 3, 3), 3)
+    starts = jnp.array([[2.0, 0.5], [-3.0, 0.2], [0.7, -0.4], [-0.9, 1.0]])
+
+    @jax.jit
+    def run(y):
+        seen = Event(y, event.mask, event.sd)
+        ends = search_ends(energy, starts, seen, field=field)
+        cost = jax.vmap(lambda v: cost_of(energy, v, seen))(ends)
+        slope = jax.vmap(jax.grad(lambda v: cost_of(energy, v, seen)))(ends)
+        return ends, cost, slope, search(energy, starts, seen, field=field)
+
+    ends, cost, slope, best = run(event.y)
+    assert ends.shape == (3, 2)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-6)
+    np.testing.assert_allclose(ends[np.argmin(cost)], best, rtol=1e-12)
+    x = np.asarray(jax.vmap(energy.prior.colour)(ends))[:, 0]
+    assert x.min() < -1.5
+    assert x.max() > 1.5
+    moved = jax.jacfwd(lambda y: run(y)[0])(event.y)[:, :, 0]
+    step = 1e-5
+    ahead, behind = (run(event.y.at[0].add(h))[0] for h in (step, -step))
+    np.testing.assert_allclose(moved, (ahead - behind) / (2 * step), atol=1e-5)
+
+
+def test_a_flow_around_the_ends_covers_both_minima(two_sided):
+    """Untrained it is near its base: a Gaussian at each end, weighed by Laplace's approximation."""
+    field = Field((8, 8, 8, 4, 4, 4), 3)
+    model = searched_flow_posterior(guess(8), ENERGY, field=field, key=KEY, layers=2, width=8)
+    assert [leaf.shape for leaf in jax.tree.leaves(eqx.filter(model, trainable(model)))]
+    x = np.linspace(-6.0, 6.0, 240)
+    grid = jnp.stack(jnp.meshgrid(x, x), -1).reshape(-1, 2)
+    compiled = []
+
+    @eqx.filter_jit
+    def run(model, event):
+        compiled.append(None)
+        q = model(event)
+        return q.base.loc, jnp.exp(jax.vmap(q.log_prob)(grid)), q.sample(500, key=KEY)
+
+    loc, density, draws = run(model, two_sided)
+    assert loc.shape == (5, 2)  # four ends and the guess
+    assert density.sum() * (x[1] - x[0]) ** 2 == pytest.approx(1.0, abs=0.02)
+    assert (draws[:, 0] < -1.0).mean() > 0.1
+    assert (draws[:, 0] > 1.0).mean() > 0.1
+    # What lies under the mask is not looked at, and another mask is not compiled anew.
+    other = Event(two_sided.y.at[1].set(jnp.nan), two_sided.mask, two_sided.sd)
+    np.testing.assert_array_equal(run(model, other)[2], draws)
+    run(model, Event(two_sided.y, jnp.ones(3, bool), two_sided.sd))
+    assert len(compiled) == 1
+
+
 def test_what_does_not_fit_is_refused():
     event = jax.tree.map(lambda a: a[0], events_of(1))
     with pytest.raises(ValueError, match="never grow, got"):
@@ -195,3 +255,7 @@ def test_what_does_not_fit_is_refused():
     single = AmortizedPosterior(guess().encoder, CholeskyHead(6, 2, key=KEY))
     with pytest.raises(TypeError, match="a mixture, got Gauss"):
         search_posterior(single, ENERGY, field=FIELD)(event)
+    with pytest.raises(TypeError, match="a mixture, got Gauss"):
+        searched_flow_posterior(single, ENERGY, field=FIELD, key=KEY)
+    with pytest.raises(ValueError, match="at least one step, got none"):
+        searched_flow_posterior(guess(), ENERGY, field=Field(()), key=KEY)

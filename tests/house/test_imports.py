@@ -27,6 +27,7 @@ ORDER = [
     "supports",
     "refine",
     "search",
+    "searched",
     "objectives",
     "training",
     "calibration",
