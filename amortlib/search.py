@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from amortlib.encoders import AbstractEncoder
 from amortlib.energy import Energy
-from amortlib.gaussian import Gaussian
+from amortlib.gaussian import AbstractDistribution, Gaussian
 from amortlib.heads.base import AbstractHead
 from amortlib.heads.mixture import GaussianMixture
 from amortlib.modes import stationary_point
@@ -203,7 +203,7 @@ def search_ends(
     return jax.vmap(lambda v: stationary_point(lambda v: _cost(energy, v, event), v))(ends)
 
 
-def component_starts(energy: Energy, mixture: GaussianMixture) -> Float[Array, "s d"]:
+def component_starts(energy: Energy, mixture: AbstractDistribution) -> Float[Array, "s d"]:
     """A mixture's component means, as control variables.
 
     Raises:

@@ -100,6 +100,23 @@ def pool_of(model: AmortizedPosterior, problem: InverseProblem, n: int, key: Key
     return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
+def from_pool(pool: Any, n: int) -> Callable[[Key], Any]:
+    """Minibatches of `n` of what `pool_of` returned."""
+    size = pool[0].shape[0]
+
+    def batches(key: Key) -> Any:
+        rows = jax.random.randint(key, (n,), 0, size)
+        return jax.tree.map(lambda a: a[rows], pool)
+
+    return batches
+
+
+def on_contexts(head: Any, batch: Any, key: Key) -> Array:
+    """Mean -log q(x | context), in nats; draws nothing."""
+    x, contexts = batch
+    return -jnp.mean(jax.vmap(lambda x, c: head(c).log_prob(x))(x, contexts))
+
+
 def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]:
     """The trained model, and the seconds of processor time of each part."""
     problem = lorenz63()
@@ -121,21 +138,11 @@ def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]
     start = time.process_time()
     pool = pool_of(model, problem, 512 if quick else POOL, jax.random.key(SEEDS["pool"]))
     seconds["pool"] = time.process_time() - start
-    size = pool[0].shape[0]
-
-    def batches(key: Key) -> Any:
-        rows = jax.random.randint(key, (FLOW_BATCH,), 0, size)
-        return jax.tree.map(lambda a: a[rows], pool)
-
-    def objective(head: Any, batch: Any, key: Key) -> Array:
-        x, contexts = batch
-        return -jnp.mean(jax.vmap(lambda x, c: head(c).log_prob(x))(x, contexts))
-
     start = time.process_time()
     flow = fit(
         model.head,
-        objective,
-        batches,
+        on_contexts,
+        from_pool(pool, FLOW_BATCH),
         key=jax.random.key(SEEDS["flow"]),
         steps=flow_steps,
         optimizer=optimizer(FLOW_RATE, flow_steps),
@@ -254,6 +261,33 @@ def measure(
     return summary(judge(answer, batch, sample), single)
 
 
+def rows_of(metrics: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of all gap fractions."""
+    names = ("kl_mean", "kl_median", "kl_largest", "ess_mean", "ess_first_percentile")
+    rows = [
+        [f"{100 * float(f):.0f}%", *(f"{m[k]:.3f}" for k in names), f"{m['k_hat_above']:.3f}"]
+        for f, m in metrics.items()
+    ]
+    head = ["missing", "mean KL", "median", "largest", "ESS/N", "first percentile", "k-hat > .7"]
+    return head, rows
+
+
+def bars_of(metrics: dict[str, dict[str, float]], seconds: float) -> list[Bar]:
+    """What a flow for this window is held to."""
+    clean = metrics["0"]
+    return [
+        Bar.check("no gaps: mean KL", clean["kl_mean"], "<=", 0.03),
+        Bar.check("no gaps: mean ESS/N", clean["ess_mean"], ">=", 0.95),
+        Bar.check("no gaps: first percentile of ESS/N", clean["ess_first_percentile"], ">=", 0.45),
+        Bar.check("seconds of training on one core", seconds, "<=", 180.0),
+        *(
+            Bar.check(f"{100 * float(f):.0f}% missing: mean KL", m["kl_mean"], "<=", 0.1)
+            for f, m in metrics.items()
+            if f != "0"
+        ),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, save."""
     args = arguments(__doc__.splitlines()[0], argv)
@@ -269,25 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         n = 16 if args.quick else (384 if fraction == 0.0 else 128)
         metrics[f"{fraction:g}"] = measure(model, fraction, events=n)
         print(fraction, metrics[f"{fraction:g}"], flush=True)
-    names = ("kl_mean", "kl_median", "kl_largest", "ess_mean", "ess_first_percentile")
-    rows = [
-        [f"{100 * float(f):.0f}%", *(f"{m[k]:.3f}" for k in names), f"{m['k_hat_above']:.3f}"]
-        for f, m in metrics.items()
-    ]
-    head = ["missing", "mean KL", "median", "largest", "ESS/N", "first percentile", "k-hat > .7"]
-    print(table(head, rows))
-    clean = metrics["0"]
-    bars = [
-        Bar.check("no gaps: mean KL", clean["kl_mean"], "<=", 0.03),
-        Bar.check("no gaps: mean ESS/N", clean["ess_mean"], ">=", 0.95),
-        Bar.check("no gaps: first percentile of ESS/N", clean["ess_first_percentile"], ">=", 0.45),
-        Bar.check("seconds of training on one core", total, "<=", 180.0),
-        *(
-            Bar.check(f"{100 * float(f):.0f}% missing: mean KL", m["kl_mean"], "<=", 0.1)
-            for f, m in metrics.items()
-            if f != "0"
-        ),
-    ]
+    print(table(*rows_of(metrics)))
+    bars = bars_of(metrics, total)
     if not args.quick:
         record = {
             "guess": {"steps": GUESS_STEPS, "rate": GUESS_RATE, "batch": GUESS_BATCH},
