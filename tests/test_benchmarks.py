@@ -43,8 +43,8 @@ def test_the_default_head_holds_the_bars() -> None:
 
 def test_the_exact_answer_at_irregular_times_and_the_paths_seen_there() -> None:
     """`benchmarks.encoders`: at the grid's own times its formula is the regular one, by numpy. Of
-    20,000 paths, those seen within 0.05 of time 10 differ from the state there by the noise and
-    the path's own step, in size within five standard errors."""
+    20,000 paths, products of the first observation with every state and with itself average to
+    the covariances of the process, within five standard errors."""
     rng = np.random.default_rng(0)
     y, seen = rng.normal(size=encoders.SITES), rng.random(encoders.SITES) < 0.5
     kernel = np.exp(-np.abs(encoders.GRID[:, None] - encoders.GRID) / encoders.TIMESCALE)
@@ -55,10 +55,10 @@ def test_the_exact_answer_at_irregular_times_and_the_paths_seen_there() -> None:
     np.testing.assert_allclose(got.loc, gain @ y[seen], atol=1e-4)
     np.testing.assert_allclose(got.chol @ got.chol.T, kernel - gain @ kernel[seen], atol=1e-4)
     x, events = map(jax.device_get, encoders.anywhere(jax.random.key(1), 20_000))
-    row, entry = np.nonzero(events.mask & (np.abs(events.time - 10.0) < 0.05))
-    right = np.sqrt(encoders.NOISE**2 + 2.0 * (1.0 - np.exp(-0.025 / encoders.TIMESCALE)))
-    off = (events.y[row, entry] - x[row, 10]) / right
-    assert abs(off.std() - 1.0) < 5.0 / np.sqrt(2.0 * off.size)
+    first, when = events.y[:, :1], events.time[:, :1]
+    products = first * x - np.exp(-np.abs(when - encoders.GRID) / encoders.TIMESCALE)
+    assert (np.abs(products.mean(0)) < 5.0 * products.std(0) / np.sqrt(20_000)).all()
+    assert abs((first**2).mean() - 1.0 - encoders.NOISE**2) < 5.0 * (first**2).std() / 141.0
 
 
 @pytest.mark.parametrize(
