@@ -1,14 +1,41 @@
 """What the numerics tests share."""
 
+import os
 from collections.abc import Iterator
 
-import jax
 import pytest
 from hypothesis import settings
+
+# Before JAX is loaded: it warns of each compiled program that it reads from disk.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import jax
 
 # Examples are the same on every run, and a slow first compilation is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs on disk: half of the suite's time is spent in the compiler.
+
+    Most programs are small and the same in many modules. Each test process has a folder of its own,
+    because JAX does not write the files in one step, and another process could read a half.
+    """
+    process = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = config.rootpath / "_build" / ".programs" / process
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+LONGEST = ("tests/test_benchmarks.py", "tests/book/test_in_browser.py")
+"""What would keep one process at work when the other has nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the others follow in their order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 WALL_BUDGET_S = 90.0
-"""Seconds a chapter may take from kernel start to its last cell, on two cores."""
+"""Seconds a chapter may take from kernel start to its last cell, alone on two cores."""
 
 MEMORY_BUDGET_MB = 1000.0
 """Largest resident memory of a chapter's kernel processes, in megabytes (10**6 bytes)."""
@@ -115,7 +115,9 @@ def describe_machine(machine: dict[str, Any]) -> str:
     """Say in one line what a measurement was made on."""
     cores = machine["cores"]
     jax = f", jax {machine['jax']}" if machine.get("jax") else ""
+    together = machine.get("together", 1)
+    company = f", {together} chapters at a time" if together > 1 else ""
     return (
         f"{cores} core{'s' if cores != 1 else ''}, {machine['cpu']}, "
-        f"{machine['system']}, Python {machine['python']}{jax}"
+        f"{machine['system']}, Python {machine['python']}{jax}{company}"
     )

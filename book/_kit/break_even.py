@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import numpy as np
 import traitlets
 from matplotlib.figure import Figure
@@ -13,8 +18,20 @@ _ENDS = {"events": (0, 7), "solver": (-5, 4), "head": (-7, 0), "training": (0, 6
 """Of the sliders, powers of ten."""
 
 
+def seconds_of(run: Callable[[], Any], repeats: int = 7) -> float:
+    """Median seconds of a call, after a first that may compile; jax's results are waited for."""
+    took = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        took.append(time.perf_counter() - start)
+    return float(np.median(took[1:]))
+
+
 class BreakEven(LiveWidget):
     """Sliders for the costs; total seconds against the number of events, and where lines cross.
+
+    With a kernel a head or a solver of your own is timed and drawn beside them.
 
     All but `share` are decimal logarithms.
 
@@ -40,6 +57,8 @@ class BreakEven(LiveWidget):
         training: float,
         events: float = 1e4,
         share: float = 0.0,
+        compare: tuple[float, float | Callable[[], Any]] | None = None,
+        label: str = "yours",
     ):
         """Set the first position.
 
@@ -49,6 +68,9 @@ class BreakEven(LiveWidget):
             training: seconds.
             events: how many.
             share: that a guard sends back to the solver, 0 to 0.5.
+            compare: seconds of training, 0 for a solver, and what answers one event: a function
+                without arguments, which is timed here, or its seconds.
+            label: its name.
 
         Raises:
             ValueError: on a cost that is not positive, or beyond the sliders.
@@ -62,6 +84,9 @@ class BreakEven(LiveWidget):
             raise ValueError(f"expected 0 <= share <= 0.5, got {share}")
         logs = {name: float(np.log10(value)) for name, value in given.items()}
         super().__init__(kind="break-even", title="When amortizing pays", share=share, **logs)
+        if compare is not None:
+            costs = _costs(compare)
+            self.draw_beside(lambda: costs | {"label": label})
 
     def break_even(self) -> float:
         """The number of events from which on training has paid; infinite where it never does."""
@@ -84,6 +109,22 @@ class BreakEven(LiveWidget):
         return figure, f"Total seconds against the number of events: training has paid {found}."
 
 
-def break_even(**first: float) -> BreakEven:
+def _costs(compare: Any) -> dict[str, float]:
+    if not isinstance(compare, tuple) or len(compare) != 2:
+        raise ValueError(
+            "expected the pair (seconds of training, a function to be timed or its seconds) to "
+            f"compare with, got {compare!r}"
+        )
+    training, each = compare
+    training, seconds = float(training), seconds_of(each) if callable(each) else float(each)
+    if not 0 <= training < np.inf or not 0 < seconds < np.inf:
+        raise ValueError(
+            "expected seconds of training from 0 and more than 0 seconds an event, got "
+            f"{training} and {seconds}"
+        )
+    return {"training": training, "seconds": seconds}
+
+
+def break_even(**first: Any) -> BreakEven:
     """Change the costs and watch the lines cross; see [`BreakEven`][] for the settings."""
     return BreakEven(**first)

@@ -6,16 +6,23 @@ correlated. A head answers with another mean, another width and another correlat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import traitlets
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from _kit import style
 from _kit.gates_figures import binomial_band, rank_histogram
 from _kit.live import LiveWidget
 from _kit.noise import normals
+from amortlib.calibration import ALPHA, bin_counts, holm, uniformity_p
+
+Ranks = ArrayLike | tuple[ArrayLike, ArrayLike]
 
 EVENTS = 1000
 DRAWS = 99
@@ -26,6 +33,8 @@ CRITICAL = 23.589
 """Above this the sum of squares over ten bins closes the gate: one of two at 1%, after Holm."""
 LEVELS = np.arange(21) / 20
 TRUTH_SEED, DRAWS_SEED = 1, 2
+_FEWEST = 5 * BINS
+"""Events: with five expected in a bin the law of chi-square is close."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +121,59 @@ def fault_picture(bias: float, width: float, correlation: float) -> FaultPicture
     ranks = (draws[..., 0] < truth[:, None, 0]).sum(axis=1)
     component = histogram(ranks)
     of_energy = histogram((energy(draws) < energy(truth)[:, None]).sum(axis=1))
+    words = shape_of(component), shape_of(of_energy)
+    return FaultPicture(component, of_energy, central_coverage(ranks, DRAWS), *words)
+
+
+def central_coverage(ranks: np.ndarray, draws: int) -> np.ndarray:
+    """Share of truths in the central intervals of `draws` draws, at each of `LEVELS`."""
     # The smallest central interval of the draws that holds the truth.
-    needed = np.abs((2 * ranks + 1) / (DRAWS + 1) - 1)
-    coverage = (needed[:, None] <= LEVELS).mean(axis=0)
-    return FaultPicture(component, of_energy, coverage, shape_of(component), shape_of(of_energy))
+    needed = np.abs((2 * ranks + 1) / (draws + 1) - 1)
+    return (needed[:, None] <= LEVELS).mean(axis=0)
+
+
+def judge_ranks(ranks: Ranks, draws: int, label: str) -> dict[str, Any]:
+    """Ranks of a posterior of one's own as the page draws them, with the verdict of the gate.
+
+    Args:
+        ranks: of the truths among the draws, `(n,)` by a component, or a pair of these: by a
+            component and by J. At least 50 events.
+        draws: of each event.
+        label: whose they are.
+
+    Returns:
+        `counts`, histograms as they would be for `EVENTS` events; `coverage` at each of `LEVELS`;
+        the verdict in words as `said`; and the label.
+
+    Raises:
+        ValueError: on anything else, and where `BINS` bins do not divide the ranks.
+    """
+    rows = [np.asarray(row) for row in (ranks if isinstance(ranks, tuple) else (ranks,))]
+    shapes = [row.shape for row in rows]
+    if len(rows) > 2 or len(set(shapes)) != 1 or rows[0].ndim != 1:
+        raise ValueError(f"expected ranks of shape (n,), or a pair of these, got shapes {shapes}")
+    n = rows[0].size
+    if n < _FEWEST:
+        raise ValueError(f"expected the ranks of at least {_FEWEST} events, got {n}")
+    for row in rows:
+        whole = np.issubdtype(row.dtype, np.integer)
+        if not whole or row.min() < 0 or row.max() > draws:
+            raise ValueError(
+                f"expected ranks that are whole numbers from 0 to {draws}, the number of draws, "
+                f"got {row.dtype} from {row.min()} to {row.max()}"
+            )
+    counts = bin_counts(jnp.asarray(np.stack(rows)), draws, BINS)
+    p = holm(np.asarray(uniformity_p(counts), float))
+    said = [f"{value:.2g}" if value >= 1e-4 else "below 0.0001" for value in p]
+    by = zip(said, ("component", "energy"), strict=False)
+    found = " and ".join(f"{value} by the {name}" for value, name in by)
+    gate = "stays open" if p.min() > ALPHA else "closes"
+    return {
+        "counts": (np.asarray(counts) * EVENTS / n).tolist(),
+        "coverage": central_coverage(rows[0], draws).tolist(),
+        "said": f"“{label}”: over {n:,} events p is {found}, and the gate {gate}.",
+        "label": label,
+    }
 
 
 def draw_faults(picture: FaultPicture) -> Figure:
@@ -132,6 +190,8 @@ def draw_faults(picture: FaultPicture) -> Figure:
 class FaultExplorer(LiveWidget):
     """Sliders for the fault; the two histograms, the coverage, and the gate's word.
 
+    With a kernel the ranks of a posterior of your own are drawn beside them and judged.
+
     Attributes:
         bias: added to both means, in posterior standard deviations.
         width: the head's standard deviation over the exact one.
@@ -142,8 +202,30 @@ class FaultExplorer(LiveWidget):
     width = traitlets.Float(1.0).tag(sync=True)
     correlation = traitlets.Float(CORRELATION).tag(sync=True)
 
-    def __init__(self, *, bias: float = 0.0, width: float = 1.0, correlation: float = CORRELATION):
-        """Set the first position of the sliders; arguments as of [`fault_picture`][]."""
+    def __init__(
+        self,
+        *,
+        bias: float = 0.0,
+        width: float = 1.0,
+        correlation: float = CORRELATION,
+        compare: Ranks | Callable[[float, float, float], Ranks] | None = None,
+        draws: int = DRAWS,
+        label: str = "yours",
+    ):
+        """Set the first position of the sliders.
+
+        Args:
+            bias: see [`fault_picture`][].
+            width: likewise.
+            correlation: likewise.
+            compare: ranks, see [`judge_ranks`][], or a function that returns them for a bias, a
+                width and a correlation, called at every position.
+            draws: among which the truths are ranked.
+            label: whose ranks they are.
+
+        Raises:
+            ValueError: on what are no ranks.
+        """
         super().__init__(
             kind="faults",
             title="Faults and what shows them",
@@ -151,6 +233,14 @@ class FaultExplorer(LiveWidget):
             width=width,
             correlation=correlation,
         )
+        if compare is not None:
+
+            def answer() -> dict[str, Any]:
+                at = (self.bias, self.width, self.correlation)
+                ranks = compare(*at) if callable(compare) else compare
+                return judge_ranks(ranks, draws, label)
+
+            self.draw_beside(answer, ["bias", "width", "correlation"])
 
     def picture(self) -> FaultPicture:
         """The histograms where the sliders stand now, computed by numpy."""
@@ -162,6 +252,6 @@ class FaultExplorer(LiveWidget):
         return draw_faults(picture), picture.words()
 
 
-def fault_explorer(**first: float) -> FaultExplorer:
+def fault_explorer(**first: Any) -> FaultExplorer:
     """Break a posterior and watch the ranks; see [`FaultExplorer`][] for the settings."""
     return FaultExplorer(**first)

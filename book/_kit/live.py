@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anywidget
@@ -50,6 +51,9 @@ class LiveWidget(anywidget.AnyWidget, metaclass=_Meta):
 
     A widget says which `kind` of `js/live.mjs` it is, gives its controls as traits, and draws a
     still picture of itself.
+
+    Attributes:
+        overlay: what a kernel answers, drawn beside the page's own; its name is the `"label"`.
     """
 
     _esm = module()
@@ -58,10 +62,26 @@ class LiveWidget(anywidget.AnyWidget, metaclass=_Meta):
     kind = traitlets.Unicode().tag(sync=True)
     title = traitlets.Unicode().tag(sync=True)
     roles = traitlets.Dict(ROLES).tag(sync=True)
+    overlay = traitlets.Dict().tag(sync=True)
 
     @abc.abstractmethod
     def still(self) -> tuple[Figure, str]:
         """A picture of the widget as it stands, and the same in words."""
+
+    def draw_beside(
+        self, answer: Callable[[], dict[str, Any]], controls: Sequence[str] = ()
+    ) -> None:
+        """Draw what `answer` returns as the overlay, now and whenever a control is moved.
+
+        Without a kernel it stays as it is now.
+        """
+
+        def ask(_: Any = None) -> None:
+            self.overlay = answer()
+
+        if controls:  # none would be all to traitlets
+            self.observe(ask, controls)
+        ask()
 
     def state(self) -> dict[str, Any]:
         """What the JavaScript is given on a page without a kernel."""

@@ -112,7 +112,6 @@ class GapExplorer(LiveWidget):
     heads = traitlets.Dict().tag(sync=True)
     paths = traitlets.Bytes().tag(sync=True)
     noise_range = traitlets.List(traitlets.Float()).tag(sync=True)
-    overlay = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -169,8 +168,7 @@ class GapExplorer(LiveWidget):
             noise_range=[noise, noise] if noise_range is None else list(noise_range),
         )
         if compare is not None:
-            self.observe(self._ask, ["start", "length", "noise", "event"])
-            self._ask()
+            self.draw_beside(self._compared, ["start", "length", "noise", "event"])
 
     def seen(self) -> Event:
         """The event as the sliders stand."""
@@ -192,12 +190,12 @@ class GapExplorer(LiveWidget):
         picture = self.picture()
         return draw_gap(picture), picture.words()
 
-    def _ask(self, change: Any = None) -> None:
+    def _compared(self) -> dict[str, Any]:
         assert self._compare is not None
         answer = self._compare(self.seen())
         mean, sd = answer if isinstance(answer, tuple) else (answer.mean(), answer.sd())
         mean, sd = (np.asarray(a, float).tolist() for a in (mean, sd))
-        self.overlay = {"mean": mean, "sd": sd, "label": self._label}
+        return {"mean": mean, "sd": sd, "label": self._label}
 
 
 def gap_explorer(

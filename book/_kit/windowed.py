@@ -29,7 +29,6 @@ class WindowWidget(LiveWidget):
         length: how many times are missing.
         event: which pair of the simulator.
         problem: the window, in double precision.
-        overlay: states at the first time that are drawn beside the page's own, and their name.
     """
 
     start = traitlets.Int(0).tag(sync=True)
@@ -38,7 +37,6 @@ class WindowWidget(LiveWidget):
     events = traitlets.Int(1).tag(sync=True)
     window = traitlets.Dict().tag(sync=True)
     data = traitlets.Bytes().tag(sync=True)
-    overlay = traitlets.Dict().tag(sync=True)
 
     problem: InverseProblem
 
@@ -61,14 +59,13 @@ class WindowWidget(LiveWidget):
         if answer is None:
             return
 
-        def ask(_: Any = None) -> None:
+        def asked() -> dict[str, Any]:
             states = np.atleast_2d(np.asarray(answer(self.seen()), float))
             if states.ndim != 2 or states.shape[1] != 3:
                 raise ValueError(f"expected states of shape (n, 3), got {states.shape}")
-            self.overlay = {"states": states.tolist(), "label": label}
+            return {"states": states.tolist(), "label": label}
 
-        self.observe(ask, ["start", "length", "event"])
-        ask()
+        self.draw_beside(asked, ["start", "length", "event"])
 
 
 def _seen(problem: InverseProblem, event: Any, start: int, length: int) -> Event:

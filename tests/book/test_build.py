@@ -132,10 +132,10 @@ class Book:
         return self.root.parent / "executions"
 
     def executions(self) -> list[str]:
-        """Return the chapters executed since the last call."""
+        """Return the chapters executed since the last call, sorted: some run side by side."""
         found = self.log.read_text().split() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
-        return found
+        return sorted(found)
 
     def state(self) -> dict[str, Any]:
         return json.loads((self.root / STATE_FILE).read_text())["chapters"]
@@ -332,6 +332,39 @@ def test_a_raising_cell_fails_the_build_and_is_named(
     assert book.executions() == []
 
 
+def test_chapters_run_side_by_side_and_one_by_one(
+    book: Book, execute: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    # Each chapter waits for the other to begin: side by side both end, one by one the first fails.
+    wait = """import os, pathlib, time
+mine, other = (pathlib.Path({folder!r}) / name for name in {names!r})
+mine.touch()
+begin = time.monotonic()
+while not other.exists():
+    assert time.monotonic() < begin + {limit}, "alone"
+    time.sleep(0.1)
+"""
+    paths = [book.root / "book" / f"{name}.md" for name in ("one", "two")]
+    before = [path.read_text() for path in paths]
+
+    def plant(folder: Path, limit: float) -> None:
+        folder.mkdir()
+        for path, text, names in zip(paths, before, (("one", "two"), ("two", "one")), strict=True):
+            cell = wait.format(folder=str(folder), names=names, limit=limit)
+            path.write_text(f"{text}\n```{{code-cell}} ipython3\n{cell}```\n")
+
+    plant(tmp_path / "both", 60)
+    code, text = execute("--together", "2")
+    assert code == 0, text
+    assert "2 chapters at a time" in text
+    plant(tmp_path / "each", 1)
+    code, text = execute("--together", "1")
+    assert code == 1
+    assert "alone" in text
+    with pytest.raises(SystemExit):
+        execute("--together", "0")
+
+
 def test_a_dying_kernel_fails_the_build_and_is_named(
     book: Book, execute: Callable[..., tuple[int, str]]
 ) -> None:
@@ -397,7 +430,7 @@ def test_a_plain_jupyter_book_build_works_too(book: Book) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout
-    assert sorted(book.executions()) == ["one", "two"]
+    assert book.executions() == ["one", "two"]
     assert "Nothing has been measured yet" in book.page("index").get_text()
 
 

@@ -14,6 +14,7 @@ from _kit.faults import (
     FaultExplorer,
     fault_explorer,
     fault_picture,
+    judge_ranks,
     shape_of,
 )
 from _kit.gates_figures import binomial_band, coverage_curves, event_statistics, rank_histograms
@@ -82,6 +83,50 @@ def test_the_noise_is_standard_normal() -> None:
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 4 / np.sqrt(z.size)
     assert not np.array_equal(z, normals(4, z.size))
+
+
+def test_ranks_of_ones_own_are_judged_by_the_test_of_the_package() -> None:
+    """Of a head that is too narrow, as its own numbers have it; whatever the number of draws."""
+    rng = np.random.default_rng(0)
+    u = stats.norm.cdf(1.2 * rng.normal(size=400))  # of the truth under the head
+    ranks = rng.binomial(199, u)
+    found = judge_ranks((ranks, ranks), 199, "mine")
+    counts = np.histogram(ranks, np.arange(0, 201, 20))[0]
+    np.testing.assert_allclose(found["counts"], [counts * EVENTS / 400] * 2)
+    p = 2 * stats.chisquare(counts).pvalue  # the smaller of two, adjusted by Holm
+    assert 1e-4 < p < 0.01
+    assert found["said"] == (
+        f"“mine”: over 400 events p is {p:.2g} by the component and {p:.2g} by the energy, "
+        "and the gate closes."
+    )
+    inside = np.abs(2 * stats.norm.cdf(stats.norm.ppf(u)) - 1)
+    expected = [(inside <= level).mean() for level in LEVELS]
+    np.testing.assert_allclose(found["coverage"], expected, atol=0.05)
+    even = judge_ranks(np.arange(100), 99, "mine")
+    assert even["said"].endswith("p is 1 by the component, and the gate stays open.")
+
+
+def test_a_function_of_ones_own_is_asked_at_every_position() -> None:
+    mine = fault_explorer(compare=lambda bias, *_: np.arange(100) * (bias == 0), label="mine")
+    assert mine.overlay["said"].endswith("stays open.")
+    mine.bias = 0.5
+    assert mine.overlay["said"].endswith("p is below 0.0001 by the component, and the gate closes.")
+    assert mine.overlay["label"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (np.arange(49), "at least 50 events, got 49"),
+        (np.arange(101), "from 0 to 99, the number of draws, got int64 from 0 to 100"),
+        (np.arange(100) / 2, "whole numbers"),
+        (np.arange(100).reshape(2, 50), r"shape \(n,\), or a pair of these, got shapes"),
+        ((np.arange(100), np.arange(60)), "a pair of these, got shapes"),
+    ],
+)
+def test_what_are_no_ranks_is_refused(ranks: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fault_explorer(compare=ranks)
 
 
 def test_the_display_leaves_no_figure_open(explorer: FaultExplorer) -> None:

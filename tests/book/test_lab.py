@@ -51,12 +51,13 @@ gap
 ```{code-cell} ipython3
 from _kit.break_even import break_even
 from _kit.faults import fault_explorer
-faults = fault_explorer()
+at_zero = lambda bias, *_: [int(bias == 0) * i for i in range(100)]
+faults = fault_explorer(compare=at_zero, label="even")
 faults
 ```
 
 ```{code-cell} ipython3
-even = break_even(solver=4e-3, head=2e-6, training=60.0)
+even = break_even(solver=4e-3, head=2e-6, training=60.0, compare=(0.0, lambda: sum(range(1000))))
 even
 ```
 
@@ -166,10 +167,16 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
         "document.querySelector('.live-legend').textContent.includes('white noise')"
     )
 
+    words = page.locator(".live-words")
+    assert "“even”: over 100 events p is 1 by the component" in words.nth(1).inner_text()
+    assert re.search(
+        r"“yours”: [\d.]+ [mµ]s an event; the head is ahead", words.nth(2).inner_text()
+    )
+
     page.evaluate(MOVE, ["Gap explorer", "length", 23])
     page.evaluate(MOVE, ["Faults and what shows them", "bias", 0.5])
     page.evaluate(MOVE, ["When amortizing pays", "share", 0.25])
-    assert "22 of 32 times are missing" in page.inner_text(".live-words >> nth=0")
+    assert "22 of 32 times are missing" in words.nth(0).inner_text()
     page.wait_for_timeout(1000)  # the kernel hears of it
     run(cells[3])
     page.wait_for_function(
@@ -177,10 +184,11 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
         ".some((output) => output.textContent.includes('kernel: 23 10 0.5 0.25'))",
         timeout=30_000,
     )
+    assert re.search("“even”: .* and the gate closes", words.nth(1).inner_text())
     # And back: what the kernel sets moves the slider.
     width = ".live:has([data-name=width]) [data-name=width]"
     page.wait_for_function(f"document.querySelector('{width}').value === '0.5'", timeout=30_000)
-    assert re.search("95% of the truths, [4-7]", page.inner_text(".live-words >> nth=1"))
+    assert re.search("95% of the truths, [4-7]", words.nth(1).inner_text())
     assert errors == []
     page.context.close()
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from _kit.break_even import BreakEven, break_even
 from _kit.bundle import JS, BundleError, bundle, page_script
-from _kit.faults import FaultExplorer, fault_explorer
+from _kit.faults import LEVELS, FaultExplorer, fault_explorer
 from _kit.heads import load_ou_head
 from _kit.holes import one_hole
 from _kit.ladder import RefinementLadder, refinement_ladder
@@ -222,58 +222,69 @@ def test_no_barrier_is_found(tab: Any, shelf: Shelf, name: str) -> None:
     assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
 
 
-# --- the gap explorer ---
+# --- mouse and finger ---
 
 
-def place_of(tab: Any, handle: str) -> tuple[float, float]:
-    tab.query_selector(".live").scroll_into_view_if_needed()
-    box = tab.query_selector(f"[data-handle={handle}]").bounding_box()
-    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+IN_SIGHT = """(node) => {
+  node.scrollIntoView({ block: 'center' });
+  const { x, y, width, height } = node.getBoundingClientRect();
+  return [x + width / 2, y + height / 2, width];
+}"""
+"""Where the middle of an element is, and how wide it is."""
+
+SHARE = "(slider) => (slider.value - slider.min) / (slider.max - slider.min)"
+
+GAP = """(live) => ['start', 'length'].map(
+  (name) => Number(live.querySelector(`[data-name=${name}]`).value))"""
 
 
-STEP = "document.querySelector('.live clipPath rect').getAttribute('width') / 32"
+def by_mouse(tab: Any, x: float, y: float, to: float) -> None:
+    tab.mouse.move(x, y)
+    tab.mouse.down()
+    for share in (0.5, 1.0):
+        tab.mouse.move(x + share * (to - x), y)
+    tab.mouse.up()
 
 
-def test_the_gap_is_dragged_by_mouse(tab: Any, shelf: Shelf) -> None:
-    opened(tab, shelf.address("gap"))
-    step = tab.evaluate(STEP)
+def by_finger(tab: Any, x: float, y: float, to: float) -> None:
+    touch = tab.context.new_cdp_session(tab)
+    for kind, share in (("Start", 0.0), ("Move", 0.5), ("Move", 1.0), ("End", None)):
+        points = [] if share is None else [{"x": x + share * (to - x), "y": y}]
+        touch.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+        if kind == "Move":
+            tab.wait_for_timeout(40)  # moves of a finger are handed on with the next frame
+    touch.detach()
 
-    def drag(handle: str, times: float) -> None:
-        x, y = place_of(tab, handle)
-        tab.mouse.move(x, y)
-        tab.mouse.down()
-        for share in (0.3, 0.7, 1.0):
-            tab.mouse.move(x + share * times * step, y)
-        tab.mouse.up()
 
-    drag("right", 5)
-    assert (value(tab, "start"), value(tab, "length")) == (10, 15)
-    drag("left", 3)
-    assert (value(tab, "start"), value(tab, "length")) == (13, 12)
-    drag("body", -6)
-    assert (value(tab, "start"), value(tab, "length")) == (7, 12)
-    drag("left", 40)  # beyond the other edge: a gap of nothing, and never of less
-    assert value(tab, "length") == 0
-    assert "0 of 32 times are missing" in tab.inner_text(".live-words")
+def test_all_that_is_dragged_follows_mouse_and_finger(tab: Any, shelf: Shelf) -> None:
+    """Every slider, by one or the other, and the gap and its edges on the plots that have them, by
+    both, on one page of all widgets."""
+    kinds = ("break even", "faults", "gap", "holes", "ladder", "landscape")
+    opened(tab, shelf.put("all", "".join(shelf.widget(name).to_html() for name in kinds)))
+    for kind, live in zip(kinds, tab.query_selector_all(".live"), strict=True):
+        for i, slider in enumerate(live.query_selector_all("input[type=range]")):
+            drag, share = ((by_mouse, 0.2), (by_finger, 0.8))[i % 2]
+            x, y, width = slider.evaluate(IN_SIGHT)
+            drag(tab, x, y, x + (share - 0.5) * width)
+            assert abs(slider.evaluate(SHARE) - share) < 0.15, (kind, i, drag)
+        if kind in ("break even", "faults"):  # they have no gap
+            continue
+        for name, position in (("start", 1), ("length", 2)):
+            live.query_selector(f"[data-name={name}]").fill(str(position))
+        step = live.query_selector("[data-handle=body]").evaluate(IN_SIGHT)[2] / 2
+        for drag, handle, by, expected in (
+            (by_mouse, "right", 2, [1, 4]),
+            (by_finger, "left", 1, [2, 3]),
+            (by_finger, "body", -2, [0, 3]),
+            (by_mouse, "left", 5, [3, 0]),  # beyond the other edge: nothing, and never less
+        ):
+            x, y, _ = live.query_selector(f"[data-handle={handle}]").evaluate(IN_SIGHT)
+            drag(tab, x, y, x + by * step)
+            assert live.evaluate(GAP) == expected, (kind, handle, drag)
     assert tab.complaints == []
 
 
-def test_the_gap_is_dragged_by_a_finger(tab: Any, shelf: Shelf) -> None:
-    opened(tab, shelf.address("gap"))
-    step = tab.evaluate(STEP)
-    x, y = place_of(tab, "right")
-    touch = tab.context.new_cdp_session(tab)
-
-    def send(kind: str, at: float | None) -> None:
-        points = [] if at is None else [{"x": at, "y": y}]
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
-    send("touchStart", x)
-    for share in (0.25, 0.5, 0.75, 1.0):
-        send("touchMove", x + share * 4 * step)
-        tab.wait_for_timeout(50)  # moves of a finger are handed on with the next frame
-    send("touchEnd", None)
-    assert value(tab, "length") == 14
+# --- the gap explorer ---
 
 
 def test_the_gap_is_moved_by_keys(tab: Any, shelf: Shelf) -> None:
@@ -349,6 +360,50 @@ def test_what_a_kernel_has_answered_is_drawn_beside_the_page(tab: Any, shelf: Sh
     assert len(theirs) == len(widget.overlay["states"]) >= 1
     best = tab.evaluate(ends, "")
     assert all(min(abs(y - other) for other in best) < 1.0 for y in theirs[:2])
+    assert tab.complaints == []
+
+
+PATHS = """(live, dash) => [...live.querySelectorAll('.live-plot')].map(
+  (plot) => [...plot.querySelectorAll('path[stroke="#1a1a1a"]')].filter(
+    (path) => (path.getAttribute('stroke-dasharray') ?? '') === dash)
+  .flatMap((path) => path.getAttribute('d').match(/-?[\\d.]+/g) ?? []).map(Number))"""
+"""Coordinates of the lines in black, by plot."""
+
+
+def test_ranks_and_costs_of_ones_own_are_drawn_beside_the_page(tab: Any, shelf: Shelf) -> None:
+    """A histogram of a hundred in each bin is flat, and a line stands for the costs of a method, by
+    what the solver and the head cost."""
+    ranks = fault_explorer(compare=np.arange(500) % 100, label="even ranks")
+    costs = {"solver": 1.0, "head": 1e-3, "training": 50.0, "share": 0.1}
+    solver = break_even(**costs, compare=(0.0, 0.2011), label="mine")
+    head = break_even(**costs, compare=(90.0, 0.5), label="mine")
+    slow = break_even(**costs, compare=(90.0, 2.0), label="mine")
+    widgets = (ranks, solver, head, slow)
+    opened(tab, shelf.put("own", "".join(widget.to_html() for widget in widgets)))
+    first, *others = tab.locator(".live").all()
+    assert "even ranks" in first.locator(".live-legend").inner_text()
+    assert first.locator(".live-words").inner_text().endswith(ranks.overlay["said"])
+    component, energy, coverage = first.evaluate(PATHS, "")
+    assert len(component) == 2 * 20
+    assert len(set(component[1::2])) == 1
+    assert energy == []
+    assert len(coverage) == 2 * len(LEVELS)
+    np.testing.assert_allclose(np.diff(coverage[::2]), coverage[2] - coverage[0], atol=0.11)
+
+    for live, words in zip(
+        others,
+        (
+            "201 ms an event; the head is ahead of it from 500 events on.",
+            "500 ms an event, 1.5 min of training; it is ahead of the solver from 180 events on.",
+            "2 s an event, 1.5 min of training; it is ahead of the solver at no number of events.",
+        ),
+        strict=True,
+    ):
+        assert "mine" in live.locator(".live-legend").inner_text()
+        assert live.locator(".live-words").inner_text().endswith(f" “mine”: {words}")
+        (line,) = live.evaluate(PATHS, "2 4")
+        assert len(line) == 2 * 71
+        assert (np.diff(line[1::2]) < 0.05).all(), "costs rise, and pixels count from above"
     assert tab.complaints == []
 
 
@@ -497,7 +552,13 @@ def test_the_lines_cross_where_the_formula_says(tab: Any, shelf: Shelf) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "words"),
-    [({"solver": 0.0}, "1e-5 <= solver"), ({"training": 1e9}, "training <= 1e6")],
+    [
+        ({"solver": 0.0}, "1e-5 <= solver"),
+        ({"training": 1e9}, "training <= 1e6"),
+        ({"compare": 3.0}, "expected the pair .* got 3.0"),
+        ({"compare": (-1.0, 1.0)}, "got -1.0 and 1.0"),
+        ({"compare": (0.0, 0.0)}, "got 0.0 and 0.0"),
+    ],
 )
 def test_costs_beyond_the_sliders_are_refused(bad: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):

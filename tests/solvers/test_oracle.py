@@ -8,8 +8,8 @@ import pytest
 from _kit.windows import FixedSteps
 
 from amortlib.energy import Energy
-from amortlib.gaussian import condition
-from amortlib.observation import AllMissing, ContiguousGaps, gap
+from amortlib.gaussian import Gaussian, condition
+from amortlib.observation import AllMissing, ContiguousGaps, GaussianNoise, gap
 from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost, ornstein_uhlenbeck
 from amortlib.solvers import Oracle
 from amortlib.solvers.oracle import _census
@@ -19,6 +19,17 @@ from amortlib.types import Event, InvalidEventError, to_double
 def window(**changes) -> InverseProblem:
     """Lorenz-63 in plain steps: a search is the same, and compiles in a third of the time."""
     return FixedSteps.in_place(lorenz63(substeps=2, **changes))
+
+
+def bent() -> InverseProblem:
+    """A forward model of two lines, nonlinear: what has to do with no dynamics compiles faster."""
+    prior = Gaussian(jnp.array([0.5, -0.5]), jnp.array([[1.0, 0.0], [0.4, 0.6]]))
+
+    def forward(x: jax.Array) -> jax.Array:
+        return jnp.stack([x[0] ** 2 + x[1], jnp.sin(2 * x[1]) + x[0], x[0] * x[1]])
+
+    draw = lambda key: prior.sample(1, key=key)[0]  # noqa: E731
+    return InverseProblem(draw, forward, GaussianNoise(0.3), ContiguousGaps(0.4), prior)
 
 
 def _oracle(problem, **settings):
@@ -84,20 +95,21 @@ def test_the_mode_is_stationary_and_a_minimum(chaotic) -> None:
 
 @pytest.mark.slow
 def test_other_starts_find_nothing_lower(chaotic) -> None:
+    """Of four more searches, each from starts of its own; they are one program with the first."""
     problem, events, found = chaotic
-    many = _oracle(problem, starts=48, rounds=1)(events, key=jax.random.key(3))
-    lower = many.energy < found.energy * (1 - 1e-8) - 1e-8
-    assert not (lower & found.sure).any()
-    assert lower.sum() == 0
+    for key in jax.random.split(jax.random.key(3), 4):
+        other = _oracle(problem)(events, key=key)
+        lower = other.energy < found.energy * (1 - 1e-8) - 1e-8
+        assert not lower.any()
 
 
-@pytest.mark.slow
-def test_the_result_does_not_depend_on_the_batch(chaotic) -> None:
-    problem, events, found = chaotic
-    some = jax.tree.map(lambda a: a[:5], events)
-    few = _oracle(problem, batch=3)(some, key=jax.random.key(9))
-    np.testing.assert_allclose(few.energy, found.energy[:5], rtol=1e-9)
-    np.testing.assert_allclose(few.mode, found.mode[:5], rtol=1e-6, atol=1e-6)
+def test_the_result_does_not_depend_on_the_batch() -> None:
+    problem = bent()
+    _, events = problem.batch(jax.random.key(0), 7)
+    whole = _oracle(problem, starts=8)(events, key=jax.random.key(9))
+    parts = _oracle(problem, starts=8, batch=3)(events, key=jax.random.key(9))
+    np.testing.assert_allclose(parts.energy, whole.energy, rtol=1e-9)
+    np.testing.assert_allclose(parts.mode, whole.mode, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -124,28 +136,25 @@ def test_two_mirrored_minima_are_both_found() -> None:
     np.testing.assert_allclose(a, mirror * b, atol=1e-2)
 
 
-@pytest.mark.slow
 def test_everything_missing_gives_the_background() -> None:
-    problem = window(gaps=AllMissing())
+    problem = bent().with_gaps(AllMissing())
     _, events = problem.batch(jax.random.key(6), 2)
     found = _oracle(problem, starts=4)(events, key=jax.random.key(7))
     np.testing.assert_allclose(found.mode, np.tile(problem.prior.loc, (2, 1)), atol=1e-6)
-    np.testing.assert_allclose(
-        found.covariance[0], problem.prior.covariance(), rtol=1e-5, atol=1e-4
-    )
+    np.testing.assert_allclose(found.covariance[0], problem.prior.covariance(), rtol=1e-5)
     assert (found.energy < 1e-12).all()
     assert (found.jacobian == 0).all()
     assert found.sure.all()
 
 
-@pytest.mark.slow
 def test_it_says_that_it_is_unsure() -> None:
-    problem = window(gaps=ContiguousGaps(0.6))
+    problem = bent()
     _, events = problem.batch(jax.random.key(0), 8)
-    hurried = _oracle(problem, starts=4, rounds=1, max_outer=2)(events, key=jax.random.key(1))
+    hurried = _oracle(problem, starts=4, rounds=1, max_outer=1)(events, key=jax.random.key(1))
     assert not hurried.sure.any()
     # Three starts cannot tell: even if all agree, one in six may lead elsewhere.
     few = _oracle(problem, starts=3, rounds=1)(events, key=jax.random.key(1))
+    assert few.converged.all()
     assert not few.sure.any()
     assert "0 sure" in few.summary()
 

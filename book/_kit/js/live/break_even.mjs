@@ -1,5 +1,7 @@
 /** When amortizing pays: what N events cost by a solver, and by a head that was trained first. */
 
+import { kernelLegend } from "./kernel.mjs";
+
 const COMMA = /\B(?=(\d{3})+$)/g;
 
 /** A whole number with its thousands apart. */
@@ -15,13 +17,20 @@ export function duration(seconds) {
 
 const short = (x) => (x >= 99.5 ? grouped(x) : String(Number(x.toPrecision(2))));
 
+/** The break-even number, of seconds of training and seconds saved an event; infinite where it never pays. */
+export const breakEvenNumber = (training, saved) => (saved > 0 ? training / saved : Infinity);
+
 /**
- * The break-even number; infinite where it never pays. `share` of the events go to the solver after
- * all. Costs in seconds.
+ * A method that a kernel measured: its break-even point, where that is on the plot, and its words. What
+ * was trained is held against the solver, and what was not is a solver, and has the head held against it.
  */
-export function breakEvenNumber({ training, solver, head, share }) {
-  const saved = solver - head - share * solver;
-  return saved > 0 ? training / saved : Infinity;
+function answerOf(own, { training, solver, head }) {
+  const trained = own.training > 0;
+  const even = trained ? breakEvenNumber(own.training, solver - own.seconds) : breakEvenNumber(training, own.seconds - head);
+  const crossing = even >= 1 && even < 1e7 ? [even, own.training + even * own.seconds] : null;
+  const costs = `“${own.label}”: ${duration(own.seconds)} an event${trained ? `, ${duration(own.training)} of training` : ""}`;
+  const from = Number.isFinite(even) ? `from ${grouped(Math.ceil(even))} events on` : "at no number of events";
+  return { crossing, words: `${costs}; ${trained ? "it is ahead of the solver" : "the head is ahead of it"} ${from}.` };
 }
 
 export function breakEven(stage) {
@@ -39,30 +48,38 @@ export function breakEven(stage) {
     y: { label: "seconds", from: 1e-3, to: 1e8, log: true },
     height: 280,
   });
-  stage.legend([
+  const legend = [
     ["solver", roles.exact, "line"],
     ["head, training included", roles.amortized, "line"],
     ["your number of events", roles.prior, "dash"],
     ["break-even", roles.obs, "dot"],
-  ]);
+  ];
+  const kernel = kernelLegend(stage, legend, [roles.truth, "dash"]);
   const grid = Array.from({ length: 71 }, (_, i) => 10 ** (i / 10));
-  stage.watch("events", "solver", "head", "training", "share");
+  stage.watch("events", "solver", "head", "training", "share", "overlay");
   return () => {
-    const cost = { training: ten("training"), solver: ten("solver"), head: ten("head"), share: stage.get("share") };
-    const bySolver = (n) => n * cost.solver;
-    const byHead = (n) => cost.training + n * (cost.head + cost.share * cost.solver);
+    const [training, solver] = [ten("training"), ten("solver")];
+    // With the events that go to the solver after all.
+    const head = ten("head") + stage.get("share") * solver;
+    const bySolver = (n) => n * solver;
+    const byHead = (n) => training + n * head;
     const n = ten("events");
-    const even = breakEvenNumber(cost);
+    const even = breakEvenNumber(training, solver - head);
     plot.line("solver", grid, grid.map(bySolver), { color: roles.exact });
     plot.line("head", grid, grid.map(byHead), { color: roles.amortized });
     plot.line("now", [n, n], [plot.y.from, plot.y.to], { color: roles.prior, width: 1.4, dash: "5 3" });
     plot.dots("even", [even], [even < 1e7 ? bySolver(even) : NaN], { color: roles.obs, radius: 5 });
+    const own = kernel();
+    const theirs = own.label ? answerOf(own, { training, solver, head }) : null;
+    plot.line("kernel", theirs ? grid : [], grid.map((n) => own.training + n * own.seconds), { color: roles.truth, dash: "2 4", width: 2.5 });
+    const [at, total] = theirs?.crossing ?? [1, NaN];
+    plot.dots("kernel even", [at], [total], { color: roles.obs, radius: 5 });
     const [a, b] = [bySolver(n), byHead(n)];
     const many = grouped(Number(n.toPrecision(2)));
     const first = Number.isFinite(even)
       ? `Training has paid from ${grouped(Math.ceil(even))} events on.`
       : "The head costs as much an event as the solver: training never pays.";
     const second = a < b ? `the solver is ahead, by ${duration(b - a)}` : `the head is ahead, by ${duration(a - b)}`;
-    return `${first} For ${many} events the solver takes ${duration(a)} and the head ${duration(b)}: ${second}.`;
+    return `${first} For ${many} events the solver takes ${duration(a)} and the head ${duration(b)}: ${second}. ${theirs?.words ?? ""}`.trim();
   };
 }

@@ -1,6 +1,7 @@
 /** The calibration widget: break a posterior, and see what ranks, coverage and the gate say. */
 
 import { normals } from "../noise.mjs";
+import { kernelLegend } from "./kernel.mjs";
 
 const EVENTS = 1000;
 const DRAWS = 99;
@@ -104,27 +105,34 @@ export function faults(stage) {
     y: { label: "observed", from: 0, to: 1 },
     height: 220,
   });
-  stage.legend([
+  const legend = [
     ["the head", roles.amortized, "box"],
     ["99% of an exact posterior's bars", roles.gap, "box"],
     ["exact", roles.exact, "dash"],
-  ]);
+  ];
+  const kernel = kernelLegend(stage, legend, [roles.truth, "line"]);
+  // The outline of a histogram: each count over both edges of its bin.
+  const outline = edges.flatMap((edge, i) => (i === 0 || i === BINS ? [edge] : [edge, edge]));
   const [low, high] = band(EVENTS, BINS);
-  stage.watch("bias", "width", "correlation");
+  stage.watch("bias", "width", "correlation", "overlay");
   return () => {
     const found = faultPicture({ bias: stage.get("bias"), width: stage.get("width"), correlation: stage.get("correlation") });
-    const top = Math.max(250, 1.05 * Math.max(...found.component, ...found.energy));
+    const { counts: theirs = [], coverage: covered = [], said = "" } = kernel();
+    const top = Math.max(250, 1.05 * Math.max(...found.component, ...found.energy, ...theirs.flat()));
     [found.component, found.energy].forEach((counts, i) => {
       const panel = panels[i];
       panel.range({ y: { to: top } });
       panel.band("exact", [0, 1], [low, low], [high, high], { color: roles.gap, opacity: 1 });
       panel.bars("ranks", edges, counts, { color: roles.amortized, opacity: 0.85, gap: 2 });
       panel.line("even", [0, 1], [EVENTS / BINS, EVENTS / BINS], { color: roles.exact, width: 1.2, dash: "5 3" });
+      const other = theirs[i] ?? [];
+      panel.line("kernel", other.length ? outline : [], other.flatMap((n) => [n, n]), { color: roles.truth });
     });
     const half = LEVELS.map((level) => 2.576 * Math.sqrt((level * (1 - level)) / EVENTS));
     coverage.band("exact", LEVELS, LEVELS.map((l, i) => l - half[i]), LEVELS.map((l, i) => l + half[i]), { color: roles.gap, opacity: 1 });
     coverage.line("ideal", LEVELS, LEVELS, { color: roles.exact, width: 1.2, dash: "5 3" });
     coverage.line("seen", LEVELS, found.coverage, { color: roles.amortized });
-    return faultWords(found);
+    coverage.line("kernel", LEVELS.slice(0, covered.length), covered, { color: roles.truth });
+    return `${faultWords(found)} ${said}`.trim();
   };
 }

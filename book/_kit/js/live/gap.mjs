@@ -4,6 +4,7 @@ import { kl } from "../gaussian.mjs";
 import { exactPosterior, gap, loadPosterior, priorOf } from "../posterior.mjs";
 import { readWeights } from "../weights.mjs";
 import { gapControls, gapHandles, placeOf } from "./gap_handles.mjs";
+import { kernelLegend } from "./kernel.mjs";
 
 const Z = 1.96;
 
@@ -60,18 +61,14 @@ export function gapExplorer(stage) {
     x: { label: "time step", from: -0.5, to: n - 0.5 },
     y: { label: "state", from: -3.5, to: 3.5 },
   });
-  const overlay = () => stage.get("overlay") ?? {};
-  const legend = () =>
-    stage.legend([
-      ["gap: drag it, or its edges", roles.gap, "box"],
-      ["truth", roles.truth, "line"],
-      ["observations", roles.obs, "dot"],
-      ["exact, 95%", roles.exact, "dash"],
-      ["amortized, 95%", roles.amortized, "line"],
-      ...(overlay().label ? [[overlay().label, roles.prior, "line"]] : []),
-    ]);
-  stage.follow("overlay", legend);
-
+  const legend = [
+    ["gap: drag it, or its edges", roles.gap, "box"],
+    ["truth", roles.truth, "line"],
+    ["observations", roles.obs, "dot"],
+    ["exact, 95%", roles.exact, "dash"],
+    ["amortized, 95%", roles.amortized, "line"],
+  ];
+  const kernel = kernelLegend(stage, legend, [roles.prior, "line"]);
   const place = gapHandles(stage, plot, n);
 
   stage.watch("start", "length", "noise", "event", "head", "overlay");
@@ -87,7 +84,7 @@ export function gapExplorer(stage) {
     plot.line("exact high", t, side(exact, Z), { color: roles.exact, dash: "5 3", width: 1 });
     plot.line("truth", t, truth, { color: roles.truth, width: 1.2 });
     plot.dots("obs", t, y.map((value, i) => (mask[i] ? value : NaN)), { color: roles.obs });
-    const { mean = [], sd = [] } = overlay();
+    const { mean = [], sd = [] } = kernel();
     plot.band("more", t.slice(0, mean.length), side({ mean, sd }, -Z), side({ mean, sd }, Z), { color: roles.prior });
     plot.line("more mean", t.slice(0, mean.length), mean, { color: roles.prior });
     return gapWords(found);

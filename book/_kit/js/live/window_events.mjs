@@ -3,6 +3,7 @@
 import { WindowEnergy, lorenzWindow } from "../lorenz.mjs";
 import { gap } from "../posterior.mjs";
 import { readWeights } from "../weights.mjs";
+import { kernelLegend } from "./kernel.mjs";
 
 /** Nats: a minimum higher than this above the lowest is no rival. */
 const RIVAL = 20;
@@ -13,11 +14,10 @@ const RIVAL = 20;
  */
 export function kernelAnswer(stage, plot, { times, xOf }, entries) {
   const { truth } = stage.get("roles");
-  const said = () => stage.get("overlay") ?? {};
-  stage.follow("overlay", () => stage.legend(said().label ? [...entries, [said().label, truth, "dash"]] : entries));
+  const answer = kernelLegend(stage, entries, [truth, "dash"]);
   const t = Array.from({ length: times }, (_, k) => k);
   return () => {
-    const { states = [] } = said();
+    const { states = [] } = answer();
     const ys = states.flatMap((state) => [...xOf(state), NaN]);
     plot.line("kernel", states.flatMap(() => [...t, NaN]), ys, { color: truth, dash: "2 4", width: 2.5 });
   };
