@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = sum(seconds.values())
     words = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
     print(f"trained in {total:.0f} s of processor time: {words}", flush=True)
+    if not args.quick:  # measuring takes as long again
+        save(FILE, model.head, settings={"sizes": SIZES, "record": {}})
     metrics = {}
     for fraction in (0.0,) if args.quick else FRACTIONS:
         n = 16 if args.quick else (384 if fraction == 0.0 else 128)
