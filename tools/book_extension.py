@@ -27,6 +27,7 @@ from tools.chapters import (
     describe_machine,
     read_pages,
     read_state,
+    within_budget,
 )
 from tools.downloads import ARCHIVE
 
@@ -125,7 +126,6 @@ class ChapterTimes(BookDirective):
             if entry is None:
                 rows.append([self.link(page), *["not measured"] * 3, "unknown"])
                 continue
-            within = entry["wall_s"] <= WALL_BUDGET_S and entry["peak_mb"] <= MEMORY_BUDGET_MB
             first = entry.get("first_figure_s")
             rows.append(
                 [
@@ -133,7 +133,7 @@ class ChapterTimes(BookDirective):
                     "none" if first is None else f"{first:.1f}",
                     f"{entry['wall_s']:.1f}",
                     f"{entry['peak_mb']:.0f}",
-                    "yes" if within else "no",
+                    within_budget(entry),
                 ]
             )
             machines.setdefault(describe_machine(entry["machine"]), []).append(page.title)

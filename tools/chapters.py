@@ -111,6 +111,18 @@ def read_state(root: Path) -> dict[str, Any]:
     return state
 
 
+def within_budget(entry: dict[str, Any]) -> str:
+    """Say whether a chapter keeps its budgets: `yes`, `no`, or `not alone`.
+
+    The last is for one that took too long beside others, of which nobody knows.
+    """
+    if entry["peak_mb"] > MEMORY_BUDGET_MB:
+        return "no"
+    if entry["wall_s"] <= WALL_BUDGET_S:
+        return "yes"
+    return "not alone" if entry["machine"].get("together", 1) > 1 else "no"
+
+
 def describe_machine(machine: dict[str, Any]) -> str:
     """Say in one line what a measurement was made on."""
     cores = machine["cores"]

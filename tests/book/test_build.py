@@ -18,7 +18,7 @@ from bs4 import BeautifulSoup
 
 from tools import build_book
 from tools.build_book import budget_messages
-from tools.chapters import STATE_FILE
+from tools.chapters import STATE_FILE, within_budget
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -432,6 +432,22 @@ def test_a_plain_jupyter_book_build_works_too(book: Book) -> None:
     assert run.returncode == 0, run.stdout
     assert book.executions() == ["one", "two"]
     assert "Nothing has been measured yet" in book.page("index").get_text()
+
+
+@pytest.mark.parametrize(
+    ("wall_s", "peak_mb", "together", "word"),
+    [
+        (90.0, 1000.0, 2, "yes"),
+        (90.1, 1000.0, 2, "not alone"),
+        (90.1, 1000.0, 1, "no"),
+        (10.0, 1001.0, 2, "no"),
+    ],
+)
+def test_a_chapter_that_ran_beside_others_is_not_judged_by_its_time(
+    wall_s: float, peak_mb: float, together: int, word: str
+) -> None:
+    entry = {"wall_s": wall_s, "peak_mb": peak_mb, "machine": {"together": together}}
+    assert within_budget(entry) == word
 
 
 def test_budgets() -> None:
