@@ -258,4 +258,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match="a mixture, got Gauss"):
         searched_flow_posterior(single, ENERGY, field=FIELD, key=KEY)
     with pytest.raises(ValueError, match="at least one step, got none"):
-        searched_flow_posterior(guess(), ENERGY, field=Field(()), key=KEY)
+        searched_flow_posterior(guess(), ENERGY, field=Field((), 0), key=KEY)
