@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from amortlib.posterior import AmortizedPosterior, regression_posterior
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.training import trainable
 from amortlib.types import Array, Event, Key, PyTree, to_double
-from benchmarks.report import Bar, finish, parser, table
+from benchmarks.report import Bar, finish, median_seconds, parser, table
 from benchmarks.throughput import one_core
 
 SITES, NOISE, TIMESCALE = 32, 0.3, 8.0
@@ -167,17 +168,6 @@ def train(
     return eqx.combine(params, static), len(times), float(np.median(times))
 
 
-def processor_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median processor time of a call, after one that compiles."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        jax.block_until_ready(run())
-        times.append(time.process_time() - start)
-    return float(np.median(times))
-
-
 @eqx.filter_jit
 def forward(model: AmortizedPosterior, events: Event) -> tuple[Array, Array]:
     """Mean and precision factor of each event's answer."""
@@ -239,8 +229,8 @@ def case(name: str, *, budget: float, events: int, repeats: int) -> dict[str, An
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(learned)),
         "steps": steps,
         "step_s": seconds,
-        "one_s": processor_seconds(lambda: forward(model, first), 4 * repeats),
-        "thousand_s": processor_seconds(lambda: forward(model, many), repeats),
+        "one_s": median_seconds(partial(forward, model, first), 4 * repeats, time.process_time),
+        "thousand_s": median_seconds(partial(forward, model, many), repeats, time.process_time),
         "kl": found,
     }
 

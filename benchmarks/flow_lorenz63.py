@@ -261,15 +261,23 @@ def measure(
     return summary(judge(answer, batch, sample), single)
 
 
-def rows_of(metrics: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of all gap fractions."""
+def at_all(
+    model: AmortizedPosterior, fractions: Sequence[float], *, quick: bool
+) -> dict[str, dict[str, float]]:
+    """The figures at each gap fraction, printed as they come and as a table."""
+    metrics = {}
+    for fraction in fractions:
+        n = 16 if quick else (384 if fraction == 0.0 else 128)
+        metrics[f"{fraction:g}"] = measure(model, fraction, events=n)
+        print(fraction, metrics[f"{fraction:g}"], flush=True)
     names = ("kl_mean", "kl_median", "kl_largest", "ess_mean", "ess_first_percentile")
     rows = [
         [f"{100 * float(f):.0f}%", *(f"{m[k]:.3f}" for k in names), f"{m['k_hat_above']:.3f}"]
         for f, m in metrics.items()
     ]
     head = ["missing", "mean KL", "median", "largest", "ESS/N", "first percentile", "k-hat > .7"]
-    return head, rows
+    print(table(head, rows))
+    return metrics
 
 
 def bars_of(metrics: dict[str, dict[str, float]], seconds: float) -> list[Bar]:
@@ -298,12 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = {"sizes": {"guess": GUESS, "refined": REFINED, "flow": SIZES}}
     if not args.quick:
         save(FILE, model, settings={**size, "record": {}})
-    metrics = {}
-    for fraction in FRACTIONS:
-        n = 16 if args.quick else (384 if fraction == 0.0 else 128)
-        metrics[f"{fraction:g}"] = measure(model, fraction, events=n)
-        print(fraction, metrics[f"{fraction:g}"], flush=True)
-    print(table(*rows_of(metrics)))
+    metrics = at_all(model, FRACTIONS, quick=args.quick)
     bars = bars_of(metrics, total)
     if not args.quick:
         record = {

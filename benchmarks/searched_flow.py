@@ -29,8 +29,8 @@ from amortlib.search import Field
 from amortlib.searched import searched_flow_posterior
 from amortlib.training import fit
 from benchmarks import flow_lorenz63, refinement
-from benchmarks.flow_lorenz63 import FRACTIONS, energy_of, measure, optimizer, pool_of
-from benchmarks.report import arguments, finish, table
+from benchmarks.flow_lorenz63 import FRACTIONS, energy_of, optimizer, pool_of
+from benchmarks.report import arguments, finish
 
 FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_searched_flow.safetensors"
 SEEDS = {"weights": 0, "pool": 12, "flow": 13, "held out": flow_lorenz63.SEEDS["held out"]}
@@ -89,12 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"trained in {total:.0f} s of processor time: {words}", flush=True)
     if not args.quick:  # measuring takes as long again
         save(FILE, model.head, settings={"sizes": SIZES, "record": {}})
-    metrics = {}
-    for fraction in (0.0,) if args.quick else FRACTIONS:
-        n = 16 if args.quick else (384 if fraction == 0.0 else 128)
-        metrics[f"{fraction:g}"] = measure(model, fraction, events=n)
-        print(fraction, metrics[f"{fraction:g}"], flush=True)
-    print(table(*flow_lorenz63.rows_of(metrics)))
+    fractions = (0.0,) if args.quick else FRACTIONS
+    metrics = flow_lorenz63.at_all(model, fractions, quick=args.quick)
     bars = flow_lorenz63.bars_of(metrics, total)
     if not args.quick:
         record = {"pool": POOL, "steps": STEPS, "seconds": seconds, "seeds": SEEDS}
