@@ -98,7 +98,7 @@ def measure(model: AmortizedPosterior, held_out: Any, refs: Any) -> dict[str, fl
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, compare."""
     args = arguments(__doc__.splitlines()[0], argv)
-    steps, n, events = (20, 64, 4) if args.quick else (STEPS, HELD_OUT, EVENTS)
+    steps, n, events = (20, 64, 16) if args.quick else (STEPS, HELD_OUT, EVENTS)
     held_out = lorenz63().batch(jax.random.key(SEEDS["held out"]), n)
     refs = references(FRACTION, events, SEEDS["references"])
     rows = {}

@@ -225,14 +225,39 @@ def test_the_ways_to_differentiate_agree(x64):
 
     checkpoints = window63(adjoint=dfx.RecursiveCheckpointAdjoint())
     forward = window63(adjoint=dfx.ForwardMode())
-    direct = window63(adjoint=dfx.DirectAdjoint())
+    direct, plain = window63(adjoint=dfx.DirectAdjoint()), window63()
     tangent, adjoint = eqx.filter_jit(tangent), eqx.filter_jit(adjoint)
+    np.testing.assert_allclose(adjoint(plain), adjoint(direct), rtol=1e-12)
+    np.testing.assert_allclose(tangent(plain), tangent(direct), rtol=1e-12)
     np.testing.assert_allclose(adjoint(checkpoints), adjoint(direct), rtol=1e-12)
     np.testing.assert_allclose(tangent(forward), tangent(direct), rtol=1e-12)
     with pytest.raises(TypeError, match="jvp"):
         tangent(checkpoints)
     with pytest.raises(ValueError, match="Reverse-mode"):
         adjoint(forward)
+
+
+class Forced(eqx.Module):
+    """dx/dt = -x cos t, which no step may take at the wrong time."""
+
+    def vector_field(self, t, x, args):
+        return -x * jnp.cos(t) + t
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [dfx.Tsit5(), dfx.Dopri5(), dfx.Bosh3(), dfx.Heun(), dfx.Ralston(), dfx.Euler()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_the_plain_loop_takes_the_steps_of_diffrax(x64, solver):
+    """Euler is no Runge-Kutta method with a tableau to diffrax, and is left to it."""
+    sizes = {"dt": 0.3, "states": 4, "substeps": 2, "solver": solver}
+    plain = Window(Forced(), lambda states: states, **sizes)
+    other = Window(Forced(), lambda states: states, adjoint=dfx.DirectAdjoint(), **sizes)
+    x = jnp.asarray([1.0, -2.0])
+    np.testing.assert_allclose(
+        eqx.filter_jit(plain)(x), eqx.filter_jit(other)(x), rtol=1e-13, atol=1e-14
+    )
 
 
 # --- the prior of the weak window -------------------------------------------------------------

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from amortlib.energy import Energy
-from amortlib.laplace import gain, gauss_newton_hessian, hessian, mode_jacobian
 from amortlib.solvers.incremental import IncrementalFourDVar
 from amortlib.types import Array, Event, InvalidEventError, Key, to_double
 
@@ -227,33 +226,57 @@ def _search(
 def _polish(
     energy: Energy, events: Event, v: Float[Array, "e d"], steps: int = 10
 ) -> dict[str, Array]:
-    """Newton steps on the full Hessian, then all that is said of the mode."""
+    """Newton steps on the full Hessian, then all that is said of the mode.
+
+    The forward model appears in two places, the loop's body and the last look: each more is seconds
+    of compilation.
+    """
+    d = v.shape[-1]
 
     def one(event, v):
-        def cost(v):
-            return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+        def residual(v):
+            r = energy.residual(v, event)
+            return r, r
 
-        slope = jax.grad(cost)
+        def local(v):
+            cost, slope = jax.value_and_grad(lambda v: 0.5 * jnp.sum(residual(v)[0] ** 2))(v)
+            return slope, (cost, slope)
 
-        def newton(_, v):
-            step = jnp.linalg.solve(jax.hessian(cost)(v), slope(v))
-            lower = cost(v - step) < cost(v)
-            flatter = jnp.linalg.norm(slope(v - step)) < jnp.linalg.norm(slope(v))
+        def newton(_, at):
+            v, cost, slope, curvature = at
+            trial = v - jnp.linalg.solve(curvature, slope)
+            bend, (there, gradient) = jax.jacfwd(local, has_aux=True)(trial)
+            lower = there < cost
+            flatter = jnp.linalg.norm(gradient) < jnp.linalg.norm(slope)
             # In a narrow valley the first is the test, in the last digits the second.
-            return jnp.where(lower | flatter, v - step, v)
+            better = (trial, there, gradient, bend)
+            return jax.tree.map(lambda a, b: jnp.where(lower | flatter, a, b), better, at)
 
-        v = jax.lax.fori_loop(0, steps, newton, v)
-        mode = energy.prior.colour(v)
-        curvature = hessian(energy, mode, event)
+        # The first pass only looks: its step is zero, and any J is lower.
+        start = (v, jnp.full((), jnp.inf, v.dtype), jnp.zeros_like(v), jnp.eye(d, dtype=v.dtype))
+        v, cost, slope, curvature = jax.lax.fori_loop(0, steps + 1, newton, start)
+        tangent, _ = jax.jacfwd(residual, has_aux=True)(v)
+        root = jax.vmap(energy.prior.colour)(jnp.eye(d, dtype=v.dtype)) - energy.prior.loc
+        # d slope / dy = J_o^T R^{-1/2}, with J_o the rows of the innovations.
+        across = tangent[d:].T / energy.sd(event).reshape(-1)
         is_minimum = jnp.all(jnp.isfinite(jnp.linalg.cholesky(curvature)))
-        norm = jnp.linalg.norm(slope(v))
+        norm = jnp.linalg.norm(slope)
+
+        def covariance(curvature):
+            return root.T @ jnp.linalg.solve(curvature, root)
+
+        def derivative(curvature):
+            flat = -root.T @ jnp.linalg.solve(curvature, across)
+            return flat.reshape(d, *event.y.shape)
+
+        gauss_newton = tangent.T @ tangent
         return {
-            "mode": mode,
-            "energy": energy(mode, event),
-            "covariance": jnp.where(is_minimum, jnp.linalg.inv(curvature), jnp.nan),
-            "gauss_newton_covariance": jnp.linalg.inv(gauss_newton_hessian(energy, mode, event)),
-            "jacobian": mode_jacobian(energy, mode, event),
-            "gain": gain(energy, mode, event),
+            "mode": energy.prior.colour(v),
+            "energy": cost,
+            "covariance": jnp.where(is_minimum, covariance(curvature), jnp.nan),
+            "gauss_newton_covariance": covariance(gauss_newton),
+            "jacobian": derivative(curvature),
+            "gain": derivative(gauss_newton),
             "gradient_norm": norm,
             # Rounding of a sum of squares of size J leaves this much of a gradient.
             "converged": is_minimum & (norm <= 1e-7 * (1.0 + jnp.linalg.norm(v))),

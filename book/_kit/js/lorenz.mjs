@@ -22,23 +22,31 @@ export function lorenzWindow({ parameters, dt, states, substeps, sees }) {
   const times = Math.ceil(states / stride);
   const width = sees.components ? sees.components.length : 2;
 
+  // All of it runs many times a frame: elements are read one by one, because taking arrays apart in
+  // one statement goes through iterators, and buffers are kept.
+
   /** dx/dt of a state, and of three perturbations of it, nine numbers behind the state. */
   function slope(s, out, n) {
-    const [a, b, c] = s;
+    const a = s[0];
+    const b = s[1];
+    const down = rho - s[2];
     out[0] = sigma * (b - a);
-    out[1] = a * (rho - c) - b;
-    out[2] = a * b - beta * c;
+    out[1] = a * down - b;
+    out[2] = a * b - beta * s[2];
     for (let j = 3; j < n; j += 3) {
-      const [p, q, r] = [s[j], s[j + 1], s[j + 2]];
+      const p = s[j];
+      const q = s[j + 1];
+      const r = s[j + 2];
       out[j] = sigma * (q - p);
-      out[j + 1] = p * (rho - c) - a * r - q;
+      out[j + 1] = p * down - a * r - q;
       out[j + 2] = p * b + a * q - beta * r;
     }
   }
 
-  /** Classical Runge-Kutta, in place. */
-  const [k1, k2, k3, k4, at] = Array.from({ length: 5 }, () => new Float64Array(12));
-  function step(s, n) {
+  const [k1, k2, k3, k4, at, s] = Array.from({ length: 6 }, () => new Float64Array(12));
+
+  /** One step of `s`, classical Runge-Kutta, in place. */
+  function step(n) {
     slope(s, k1, n);
     for (let i = 0; i < n; i++) at[i] = s[i] + (h / 2) * k1[i];
     slope(at, k2, n);
@@ -49,8 +57,8 @@ export function lorenzWindow({ parameters, dt, states, substeps, sees }) {
     for (let i = 0; i < n; i++) s[i] += (h / 6) * (k1[i] + 2 * (k2[i] + k3[i]) + k4[i]);
   }
 
-  /** What is seen of a state, and its derivative along each perturbation. */
-  function see(s, time, clean, jacobian) {
+  /** What is seen of `s`, and its derivative along each perturbation. */
+  function see(time, clean, jacobian) {
     for (let w = 0; w < width; w++) {
       const row = time * width + w;
       const component = sees.components ? sees.components[w] : 2 * w;
@@ -62,27 +70,29 @@ export function lorenzWindow({ parameters, dt, states, substeps, sees }) {
     }
   }
 
-  function run(x0, directions) {
+  /** Fill `clean`, and `jacobian` where there are directions. */
+  function run(x0, clean, directions = null, jacobian = null) {
     const n = directions ? 12 : 3;
-    const s = new Float64Array(12);
     s.set(x0);
     if (directions) s.set(directions, D);
-    const clean = new Float64Array(times * width);
-    const jacobian = directions ? new Float64Array(times * width * D) : null;
     for (let i = 0; i < states; i++) {
-      if (i % stride === 0) see(s, i / stride, clean, jacobian);
-      if (i < states - 1) for (let j = 0; j < substeps; j++) step(s, n);
+      if (i % stride === 0) see(i / stride, clean, jacobian);
+      if (i < states - 1) for (let j = 0; j < substeps; j++) step(n);
     }
-    return { clean, jacobian };
+    return clean;
   }
 
   return {
     times,
     width,
-    /** Clean observations. */
-    path: (x0) => run(x0, null).clean,
+    /** Clean observations, in a new array or in the one given. */
+    path: (x0, clean = new Float64Array(times * width)) => run(x0, clean),
     /** Clean observations, and their derivative along three directions, one after the other. */
-    tangent: (x0, directions) => run(x0, directions),
+    tangent(x0, directions, { clean, jacobian } = {}) {
+      clean ??= new Float64Array(times * width);
+      jacobian ??= new Float64Array(times * width * D);
+      return { clean: run(x0, clean, directions, jacobian), jacobian };
+    },
   };
 }
 
@@ -96,17 +106,23 @@ export class WindowEnergy {
     Object.assign(this, { window, prior, event });
     // The columns of B^{1/2}, one after the other: directions of the tangent-linear model.
     this.directions = Float64Array.from({ length: 9 }, (_, i) => prior.chol[(i % D) * D + Math.floor(i / D)]);
+    // What a look needs on its way, and nobody keeps.
+    const size = window.times * window.width;
+    this.scratch = { x: new Float64Array(D), clean: new Float64Array(size), jacobian: new Float64Array(size * D) };
   }
 
-  /** B^{1/2} v. */
-  scaled(v) {
+  /** B^{1/2} v, in a new array or in the one given. */
+  scaled(v, out = new Float64Array(D)) {
     const { chol } = this.prior;
-    return Float64Array.from({ length: D }, (_, i) => chol[i * D] * v[0] + chol[i * D + 1] * v[1] + chol[i * D + 2] * v[2]);
+    for (let i = 0; i < D; i++) out[i] = chol[i * D] * v[0] + chol[i * D + 1] * v[1] + chol[i * D + 2] * v[2];
+    return out;
   }
 
   /** The state of a control. */
-  state(v) {
-    return this.scaled(v).map((x, i) => x + this.prior.loc[i]);
+  state(v, out) {
+    out = this.scaled(v, out);
+    for (let i = 0; i < D; i++) out[i] += this.prior.loc[i];
+    return out;
   }
 
   /** The control of a state. */
@@ -115,7 +131,7 @@ export class WindowEnergy {
   }
 
   cost(v) {
-    const clean = this.window.path(this.state(v));
+    const clean = this.window.path(this.state(v, this.scratch.x), this.scratch.clean);
     const { y, mask, sd } = this.event;
     let sum = v[0] ** 2 + v[1] ** 2 + v[2] ** 2;
     for (let i = 0; i < clean.length; i++) if (mask[i]) sum += ((clean[i] - y[i]) / sd[i]) ** 2;
@@ -124,7 +140,7 @@ export class WindowEnergy {
 
   /** J, its slope, and its Gauss-Newton Hessian. */
   look(v) {
-    const { clean, jacobian } = this.window.tangent(this.state(v), this.directions);
+    const { clean, jacobian } = this.window.tangent(this.state(v, this.scratch.x), this.directions, this.scratch);
     const { y, mask, sd } = this.event;
     const gauss = Float64Array.of(1, 0, 0, 0, 1, 0, 0, 0, 1);
     const slope = Float64Array.from(v);
@@ -174,14 +190,15 @@ export class WindowEnergy {
 
   /**
    * Damped Gauss-Newton steps from a control; the mirror of `amortlib.refine`. The last of the
-   * returned looks is where they end; a search stops early where the slope has gone.
+   * returned looks is where they end; a search stops early where the slope has gone, or where
+   * `enough` of a look says so.
    */
-  refine(v, steps, still = 0) {
+  refine(v, steps, still = 0, enough = () => false) {
     const looks = [this.look(v)];
     let damping = 1e-3;
     for (let k = 0; k < steps; k++) {
       const here = looks[looks.length - 1];
-      if (Math.hypot(...here.slope) <= still) break;
+      if (size(here.slope) <= still || enough(here)) break;
       const a = here.gauss.slice();
       for (let i = 0; i < D; i++) a[i * (D + 1)] *= 1 + damping;
       const low = root(a);
@@ -197,15 +214,17 @@ export class WindowEnergy {
   /** Where searches from `starts` end, distinct and lowest first: `{ v, cost }`. */
   minima(starts, { steps = 40, still = 1e-5, reach = 1e-2 } = {}) {
     const ends = [];
+    // A search that has come to the floor of a bowl found before would end there too.
+    const known = ({ v, cost }) => ends.some((end) => cost < end.cost + 1e-4 && distance(end.v, v) < 0.1 * reach);
     for (const start of starts) {
-      const looks = this.refine(start, steps, still);
+      const looks = this.refine(start, steps, still, known);
       const end = looks[looks.length - 1];
-      if (Number.isFinite(end.cost) && Math.hypot(...end.slope) < 1e-2) ends.push(end);
+      if (!known(end) && Number.isFinite(end.cost) && size(end.slope) < 1e-2) ends.push(end);
     }
     ends.sort((a, b) => a.cost - b.cost);
     const kept = [];
     for (const end of ends) {
-      const near = reach * (1 + Math.hypot(...end.v));
+      const near = reach * (1 + size(end.v));
       if (kept.every((other) => distance(other.v, end.v) > near)) kept.push(end);
     }
     return kept;
@@ -217,7 +236,9 @@ export function covarianceIn(root, i, j) {
   return root[i * D] * root[j * D] + root[i * D + 1] * root[j * D + 1] + root[i * D + 2] * root[j * D + 2];
 }
 
-export const distance = (a, b) => Math.hypot(...a.map((x, i) => x - b[i]));
+const size = (a) => Math.sqrt(a[0] ** 2 + a[1] ** 2 + a[2] ** 2);
+
+export const distance = (a, b) => size([a[0] - b[0], a[1] - b[1], a[2] - b[2]]);
 
 /** A Gaussian around a minimum, in control variables, from a Hessian: null where J bends down. */
 export function bowl(v, hessian) {
@@ -228,8 +249,9 @@ export function bowl(v, hessian) {
 
 /** Draw: v + scale L^-T z. */
 export function fromBowl({ v, low }, z, scale) {
-  const out = solveUpper(low, Float64Array.from(z), D);
-  return out.map((value, i) => v[i] + scale * value);
+  const out = solveUpper(low, [z[0], z[1], z[2]], D);
+  for (let i = 0; i < D; i++) out[i] = v[i] + scale * out[i];
+  return out;
 }
 
 /** |x - v|^2 in the metric of the Hessian. */
@@ -260,13 +282,14 @@ export function sampler(energy, bowls, noise) {
   };
   function density(x) {
     let sum = background * Math.exp(-0.5 * (x[0] ** 2 + x[1] ** 2 + x[2] ** 2));
-    bowls.forEach((one, k) => {
-      const square = squaredIn(one, x);
-      for (const scale of SCALES) {
-        const height = Math.exp(0.5 * one.logDet - (0.5 * square) / scale ** 2) / scale ** 3;
+    for (let k = 0; k < bowls.length; k++) {
+      const square = squaredIn(bowls[k], x);
+      for (let n = 0; n < SCALES.length; n++) {
+        const scale = SCALES[n];
+        const height = Math.exp(0.5 * bowls[k].logDet - (0.5 * square) / scale ** 2) / scale ** 3;
         sum += ((1 - background) * shares[k] * height) / SCALES.length;
       }
-    });
+    }
     return Math.log(sum);
   }
   return {
@@ -275,7 +298,7 @@ export function sampler(energy, bowls, noise) {
       for (let i = 0; i < count; i++) {
         let u = uniform();
         let x;
-        if (u < background) x = Float64Array.from(z());
+        if (u < background) x = [...z()];
         else {
           u = (u - background) / (1 - background);
           let k = 0;

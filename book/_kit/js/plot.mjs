@@ -15,6 +15,12 @@ export function svg(name, attributes = {}, parent = null) {
   return made;
 }
 
+/** An attribute where it is another one than before: the browser lays out and paints what was set. */
+export function write(made, name, value) {
+  value = String(value);
+  if (made.getAttribute(name) !== value) made.setAttribute(name, value);
+}
+
 /** Round numbers from `from` to `to`, about `count` of them. */
 export function ticks(from, to, count = 5) {
   const rough = (to - from) / count;
@@ -127,7 +133,7 @@ export class Plot {
   /** A line through points. */
   line(name, xs, ys, { color, width = 1.8, dash = "" }) {
     const made = this.mark(name, "path", { fill: "none", stroke: color, "stroke-width": width, "stroke-dasharray": dash, "stroke-linejoin": "round" });
-    made.setAttribute("d", this.through(xs, ys));
+    write(made, "d", this.through(xs, ys));
   }
 
   /** A shade between two lines. */
@@ -135,7 +141,7 @@ export class Plot {
     const made = this.mark(name, "path", { fill: color, "fill-opacity": opacity, stroke: "none" }, this.under);
     const back = Array.from(xs).reverse();
     const d = xs.length ? `${this.through(xs, high)}L${this.through(back, Array.from(low).reverse()).slice(1)}Z` : "";
-    made.setAttribute("d", d);
+    write(made, "d", d);
   }
 
   /** Round dots, all in one path. */
@@ -145,7 +151,7 @@ export class Plot {
     for (let i = 0; i < xs.length; i++) {
       if (Number.isFinite(ys[i])) d += `M${this.px(xs[i]).toFixed(1)} ${this.py(ys[i]).toFixed(1)}h0`;
     }
-    made.setAttribute("d", d);
+    write(made, "d", d);
   }
 
   /** Bars from the floor, one for each edge pair. */
@@ -157,15 +163,15 @@ export class Plot {
       const [low, high] = [this.py(this.y.from), this.py(heights[i])];
       d += `M${left.toFixed(1)} ${low.toFixed(1)}V${high.toFixed(1)}H${right.toFixed(1)}V${low.toFixed(1)}Z`;
     }
-    made.setAttribute("d", d);
+    write(made, "d", d);
   }
 
   /** A shade over the whole height, from one x to another. */
   shade(name, from, to, color) {
     const made = this.mark(name, "rect", { fill: color, y: this.top, height: this.plotHeight }, this.ground);
     const [a, b] = [from, to].map((value) => Math.min(Math.max(this.px(value), this.left), this.left + this.plotWidth));
-    made.setAttribute("x", a);
-    made.setAttribute("width", Math.max(b - a, 0));
+    write(made, "x", a);
+    write(made, "width", Math.max(b - a, 0));
   }
 
   through(xs, ys) {

@@ -1,6 +1,6 @@
 /** What every widget stands on: controls, panels, words; drawing when the model changes. */
 
-import { Plot, svg } from "./plot.mjs";
+import { Plot, svg, write } from "./plot.mjs";
 
 let count = 0;
 
@@ -9,6 +9,19 @@ const SLICE = 4;
 
 /** Milliseconds of rest before a screen reader is told what the picture shows now. */
 const REST = 500;
+
+/** Run `act` when the browser has drawn its next frame, which began at `frame`. */
+function afterPaint(act) {
+  requestAnimationFrame(() => {
+    const frame = performance.now();
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      act(frame);
+    };
+    port2.postMessage(null);
+  });
+}
 
 /** An HTML element with its attributes and content. */
 export function html(name, attributes = {}, ...content) {
@@ -25,6 +38,7 @@ export class Stage {
     this.id = `live-${count++}`;
     this.plots = [];
     this.listening = [];
+    this.job = 0; // a number for each picture: what is left to do for another is dropped
     this.calm = globalThis.matchMedia?.("(prefers-reduced-motion: reduce)").matches ?? false;
     this.root = html("div", { class: "live", role: "group", "aria-label": model.get("title") ?? "widget" });
     this.controls = html("div", { class: "live-controls" });
@@ -129,7 +143,7 @@ export class Stage {
     return () => {
       place(made);
       const now = { valuemin: min(), valuemax: max(), valuenow: get(), valuetext: said(get()) };
-      for (const [key, value] of Object.entries(now)) made.setAttribute(`aria-${key}`, value);
+      for (const [key, value] of Object.entries(now)) write(made, `aria-${key}`, value);
     };
   }
 
@@ -176,7 +190,7 @@ export class Stage {
 
   redraw() {
     if (!this.draw || !this.plots.every((plot) => plot.width)) return;
-    cancelAnimationFrame(this.job);
+    this.job++;
     try {
       this.say(this.draw());
     } catch (error) {
@@ -186,25 +200,28 @@ export class Stage {
 
   /**
    * Work that is too long for a move: `work(until)` goes on until that time and returns whether it is
-   * done, a few milliseconds a frame, and is dropped at the next redraw. `shown` draws what there is:
-   * after each slice, or at the end alone where the reader wants no motion.
+   * done, a few milliseconds a frame, and is dropped at the next redraw. It begins when the move has
+   * been drawn, so that no move waits for it. `shown` draws what there is: after each slice, or at
+   * the end alone where the reader wants no motion.
    */
   later(work, shown) {
+    const { job } = this;
     const slice = () => {
+      if (job !== this.job) return;
       try {
         const done = work(performance.now() + SLICE);
         if (done || !this.calm) shown(done);
-        if (!done) this.job = requestAnimationFrame(slice);
+        if (!done) afterPaint(slice);
       } catch (error) {
         this.fail(error);
       }
     };
-    this.job = requestAnimationFrame(slice);
+    afterPaint(slice);
   }
 
   /** Words under the picture; a screen reader hears them when the hand rests. */
   say(sentence) {
-    this.words.textContent = sentence;
+    if (this.words.textContent !== sentence) this.words.textContent = sentence;
     clearTimeout(this.resting);
     this.resting = setTimeout(() => (this.spoken.textContent = sentence), REST);
   }
@@ -224,23 +241,19 @@ export class Stage {
   timed(act) {
     if (!globalThis.liveMeasure) return act();
     const start = performance.now();
-    act();
-    const drawn = performance.now();
-    requestAnimationFrame(() => {
-      const frame = performance.now();
-      const { port1, port2 } = new MessageChannel();
-      port1.onmessage = () => {
-        const painted = performance.now() - frame;
-        performance.measure("live-draw", { start, end: drawn });
-        performance.measure("live-paint", { start, end: drawn + painted, detail: { refresh: frame - drawn } });
-        port1.close();
-      };
-      port2.postMessage(null);
+    let drawn = start;
+    // Asked for first, so that work put off until after the frame does not count.
+    afterPaint((frame) => {
+      const painted = performance.now() - frame;
+      performance.measure("live-draw", { start, end: drawn });
+      performance.measure("live-paint", { start, end: drawn + painted, detail: { refresh: frame - drawn } });
     });
+    act();
+    drawn = performance.now();
   }
 
   end() {
-    cancelAnimationFrame(this.job);
+    this.job++;
     clearTimeout(this.resting);
     this.observer?.disconnect();
     for (const [event, listener] of this.listening) this.model.off(event, listener);

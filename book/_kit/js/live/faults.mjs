@@ -118,7 +118,9 @@ export function faults(stage) {
   return () => {
     const found = faultPicture({ bias: stage.get("bias"), width: stage.get("width"), correlation: stage.get("correlation") });
     const { counts: theirs = [], coverage: covered = [], said = "" } = kernel();
-    const top = Math.max(250, 1.05 * Math.max(...found.component, ...found.energy, ...theirs.flat()));
+    const most = 1.05 * Math.max(...found.component, ...found.energy, ...theirs.flat());
+    // A few heights: an axis that follows every move is hard to read, and slow to draw.
+    const top = [250, 400, 600].find((height) => most <= height) ?? 1.05 * EVENTS;
     [found.component, found.energy].forEach((counts, i) => {
       const panel = panels[i];
       panel.range({ y: { to: top } });

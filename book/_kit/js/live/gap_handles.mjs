@@ -1,5 +1,7 @@
 /** The gap of a record: its sliders, and its shade on a plot, which is dragged whole or by its edges. */
 
+import { write } from "../plot.mjs";
+
 export function gapControls(stage, n) {
   stage.slider({ name: "start", label: "gap start", min: 0, max: n - 1 });
   stage.slider({ name: "length", label: "gap length", min: 0, max: n });
@@ -22,10 +24,10 @@ export function gapHandles(stage, plot, n) {
   const body = { y: plot.top, height: plot.plotHeight };
   const across = (from, to) => (made) => {
     const [a, b] = [plot.px(from() - 0.5), plot.px(to() - 0.5)];
-    made.setAttribute("x", a);
-    made.setAttribute("width", Math.max(b - a, 0));
+    write(made, "x", a);
+    write(made, "width", Math.max(b - a, 0));
   };
-  const around = (where) => (made) => made.setAttribute("x", plot.px(where() - 0.5) - 14);
+  const around = (where) => (made) => write(made, "x", plot.px(where() - 0.5) - 14);
   const edge = { y: plot.top, height: plot.plotHeight, width: 28 };
   const places = [
     stage.handle(plot, {
