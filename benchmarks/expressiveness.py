@@ -37,7 +37,7 @@ HELD_OUT, EVENTS, FRACTION, DRAWS = 4096, 128, 0.4, 1000
 HEADS = ("Gaussian", "affine flow", "spline flow")
 
 
-def build(name: str) -> AmortizedPosterior:
+def build(name: str, layers: int) -> AmortizedPosterior:
     """An untrained posterior; the encoder is the same for all."""
     problem, key = lorenz63(), jax.random.key(SEEDS["weights"])
     prior, shape = problem.prior, problem.shapes()[1]
@@ -51,15 +51,15 @@ def build(name: str) -> AmortizedPosterior:
         encoder=FlatEncoder(shape, key=key, **ENCODER),
         features=ENCODER["features"],
         transformer=name.removesuffix(" flow"),
-        **FLOW,
+        **FLOW | {"layers": layers},
     )
 
 
-def train(name: str, steps: int) -> tuple[AmortizedPosterior, float]:
+def train(name: str, steps: int, layers: int) -> tuple[AmortizedPosterior, float]:
     """The trained posterior, and the seconds of processor time that it took."""
     problem, start = lorenz63(), time.process_time()
     result = fit(
-        build(name),
+        build(name, layers),
         nll,
         lambda key: problem.batch(key, BATCH),
         key=jax.random.key(SEEDS["training"]),
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refs = references(FRACTION, events, SEEDS["references"])
     rows = {}
     for name in HEADS:
-        model, seconds = train(name, steps)
+        model, seconds = train(name, steps, 1 if args.quick else FLOW["layers"])
         rows[name] = {"seconds": seconds, "steps": steps, **measure(model, held_out, refs)}
         print(name, rows[name], flush=True)
     lines = [

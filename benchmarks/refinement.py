@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fraction, (events, _) in reported.items()
     }
     timed = {best: FIELDS[best]} if quick else FIELDS
-    speed = ratios(model, timed, many=16 if quick else 1000, alone=1 if quick else 10)
+    speed = ratios(model, timed, many=1 if quick else 1000, alone=1 if quick else 10)
 
     way = []
     alone = judge_of(network)
