@@ -43,7 +43,7 @@ class IncrementalFourDVar(AbstractSolver):
     minimum: quasi-static assimilation.
 
     Attributes:
-        energy: J. Its forward model needs both kinds of products (`diffrax.DirectAdjoint`).
+        energy: J. Its forward model needs both kinds of products, as a `Window` has by default.
         tolerance: ends where the norm of the gradient in v is below this, relative to one plus the
             norm of v; or where the increment no longer changes J in floating point.
         inner_tolerance: residual, relative to the gradient, at which an inner loop ends.

@@ -62,3 +62,25 @@ test("without a minimum the sampler draws from the background", () => {
   draws.more(500, uniforms(4));
   assert.ok(draws.weighted().effective > 499.999);
 });
+
+test("a search on its way to a minimum that is known is not taken to the end again", () => {
+  const start = Float64Array.of(0.3, -0.2, 0.1);
+  const near = Float64Array.of(0.31, -0.2, 0.1);
+  const [once] = everything.minima([start]);
+  const { tangent } = window;
+  const count = (starts) => {
+    let looks = 0;
+    window.tangent = (...given) => (looks++, tangent(...given));
+    try {
+      return [everything.minima(starts), looks];
+    } finally {
+      window.tangent = tangent;
+    }
+  };
+  const [alone, looks] = count([start]);
+  const [both, more] = count([start, near]);
+  assert.equal(alone.length, 1);
+  assert.equal(both.length, 1);
+  assert.ok(more < 2 * looks, `${more} looks for two starts, ${looks} for one`);
+  assert.ok(distance(both[0].v, once.v) < 1e-9);
+});
