@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterator
 
+# Before JAX is loaded, the kit chooses the code generator that compiles in three quarters of the
+# time; processes that tests start inherit the choice.
+import _kit  # noqa: F401
 import pytest
 from hypothesis import settings
 
-# Before JAX is loaded: it warns of each compiled program that it reads from disk.
+# Before JAX is loaded, too: it warns of each compiled program that it reads from disk.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 import jax
