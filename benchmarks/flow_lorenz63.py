@@ -4,11 +4,9 @@
 
 Writes `book/weights/lorenz63_flow.safetensors`; a quick run trains for a moment and writes
 nothing. Three parts: a full-covariance regression head trained by maximum likelihood on gappy
-windows; a pool of events, each refined from its guess, with draws of its posterior; the mixture
-of flows in the whitened coordinates of the refined points, trained on the pool. J is known, so that
-the refined points serve importance sampling too: an event of the pool then has sixteen draws to
-learn from beside the state that made it, and is not learned by heart. Time is that of the process
-on the processor, so that it means the same on a machine that does other things.
+windows; a pool of events, each refined from its guess; the mixture of flows in the whitened
+coordinates of the refined points, trained on the pool. Time is that of the process on the
+processor, so that it means the same on a machine that does other things.
 
 Every event is judged by the posterior itself, by importance sampling around the oracle's minima.
 """
@@ -48,10 +46,8 @@ GUESS = {"features": 96, "width": 192}
 REFINED = {"steps": 4, "starts": 3}
 SIZES = {"layers": 4, "condition": 32, "width": 48, "encoder_width": 96}
 GUESS_STEPS, GUESS_RATE, GUESS_BATCH = 9000, 2e-3, 256
-POOL = 32 * 1024
-PROPOSED, KEPT, WORTH = 96, 16, 8.0
-"""Draws of an event that are proposed and kept, and what they have to be worth, else none is."""
-FLOW_STEPS, FLOW_RATE, FLOW_BATCH, EACH = 4000, 2e-3, 128, 4
+POOL = 96 * 1024
+FLOW_STEPS, FLOW_RATE, FLOW_BATCH = 4500, 2e-3, 192
 LARGEST_FILE = 700_000
 
 
@@ -92,61 +88,33 @@ def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-def states_of(energy: Energy, x: Array, event: Event, points: Array, key: Key) -> Array:
-    """`KEPT` draws of an event's posterior behind the state `x` that made it, another such draw.
-
-    Where the draws are worth too little, `x` takes their place.
-    """
-    k_draw, k_keep = jax.random.split(key)
-    sample = importance_sample(energy, event, points, PROPOSED, key=k_draw)
-    kept = sample.resample(KEPT, key=k_keep)
-    kept = jnp.where(sample.effective_size > WORTH, kept, x)
-    return jnp.concatenate([x[None], kept])
-
-
 def pool_of(model: AmortizedPosterior, problem: InverseProblem, n: int, key: Key) -> Any:
-    """States of `n` events, `1 + KEPT` each, and the contexts of the events."""
-    energy = energy_of(problem)
+    """`n` states and the contexts of their events."""
 
     @eqx.filter_jit
     def some(key: Key) -> Any:
-        k_pairs, k_draws = jax.random.split(key)
-        x, events = problem.batch(k_pairs, min(n, 1024))
-        keys = jax.random.split(k_draws, x.shape[0])
-
-        def one(part: Any) -> tuple[Array, Any]:
-            x, event, key = part
-            context = model.encoder(event)
-            # The last point is the guess, which is no minimum.
-            return states_of(energy, x, event, context.loc[:-1], key), context
-
-        return jax.lax.map(one, (x, events, keys), batch_size=256)
+        x, events = problem.batch(key, min(n, 1024))
+        return x, jax.vmap(model.encoder)(events)
 
     parts = [some(jax.random.fold_in(key, i)) for i in range(max(1, n // 1024))]
     return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
-def from_pool(pool: Any, n: int, each: int = EACH) -> Callable[[Key], Any]:
-    """Minibatches of `n` of what `pool_of` returned, `each` states of an event."""
-    size, states = pool[0].shape[:2]
+def from_pool(pool: Any, n: int) -> Callable[[Key], Any]:
+    """Minibatches of `n` of what `pool_of` returned."""
+    size = pool[0].shape[0]
 
     def batches(key: Key) -> Any:
-        k_row, k_state = jax.random.split(key)
-        rows = jax.random.randint(k_row, (n,), 0, size)
-        x, contexts = jax.tree.map(lambda a: a[rows], pool)
-        which = jax.random.randint(k_state, (n, each), 0, states)
-        return jnp.take_along_axis(x, which[:, :, None], axis=1), contexts
+        rows = jax.random.randint(key, (n,), 0, size)
+        return jax.tree.map(lambda a: a[rows], pool)
 
     return batches
 
 
 def on_contexts(head: Any, batch: Any, key: Key) -> Array:
     """Mean -log q(x | context), in nats; draws nothing."""
-
-    def one(x: Array, context: Any) -> Array:
-        return -jnp.mean(jax.vmap(head(context).log_prob)(x))
-
-    return jnp.mean(jax.vmap(one)(*batch))
+    x, contexts = batch
+    return -jnp.mean(jax.vmap(lambda x, c: head(c).log_prob(x))(x, contexts))
 
 
 def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]:
@@ -343,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.quick:
         record = {
             "guess": {"steps": GUESS_STEPS, "rate": GUESS_RATE, "batch": GUESS_BATCH},
-            "pool": {"events": POOL, "proposed": PROPOSED, "kept": KEPT, "worth": WORTH},
-            "flow": {"steps": FLOW_STEPS, "rate": FLOW_RATE, "batch": FLOW_BATCH, "each": EACH},
+            "pool": POOL,
+            "flow": {"steps": FLOW_STEPS, "rate": FLOW_RATE, "batch": FLOW_BATCH},
             "seconds": {name: round(s) for name, s in seconds.items()},
             "seeds": SEEDS,
             "metrics": metrics,

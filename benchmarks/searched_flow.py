@@ -5,8 +5,8 @@
 Writes `book/weights/lorenz63_searched_flow.safetensors`, the flow alone; a quick run trains for a
 moment and writes nothing. The search starts from the shipped mixture density network, whose
 training counts: `benchmarks.refinement` recorded its seconds. Then a pool of events is searched
-once, and the flow in the whitened coordinates of the ends is trained on the pool and on draws of
-the posteriors there. Seconds are those of the process on the processor.
+once, and the flow in the whitened coordinates of the ends is trained on the pool. Seconds are
+those of the process on the processor.
 
 Measured as `benchmarks.flow_lorenz63` measures the flow around a single guess, on its events.
 """
@@ -36,7 +36,7 @@ FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_searched_fl
 SEEDS = {"weights": 0, "pool": 12, "flow": 13, "held out": flow_lorenz63.SEEDS["held out"]}
 FIELD = Field((8, 4, 3, 3), 2)
 SIZES = {"layers": 4, "condition": 32, "width": 48, "encoder_width": 96}
-POOL, STEPS, RATE, BATCH = 24 * 1024, 4000, 2e-3, 128
+POOL, STEPS, RATE, BATCH = 48 * 1024, 3600, 2e-3, 192
 
 
 def build(sizes: dict[str, Any], record: dict[str, Any]) -> AmortizedPosterior:

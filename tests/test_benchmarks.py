@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from amortlib.energy import Energy
-from amortlib.gaussian import Gaussian
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.types import Event
 from benchmarks import encoders, fourdvarnet, make_weights, refinement
-from benchmarks.flow_lorenz63 import KEPT, states_of
 from benchmarks.regression_ou import (
     FRACTIONS,
     MEDIAN_KL,
@@ -63,25 +60,6 @@ def test_the_exact_answer_at_irregular_times_and_the_paths_seen_there() -> None:
     products = first * x - np.exp(-np.abs(when - encoders.GRID) / encoders.TIMESCALE)
     assert (np.abs(products.mean(0)) < 5.0 * products.std(0) / np.sqrt(20_000)).all()
     assert abs((first**2).mean() - 1.0 - encoders.NOISE**2) < 5.0 * (first**2).std() / 141.0
-
-
-def test_the_draws_that_a_flow_is_trained_on_are_of_the_posterior() -> None:
-    """Where J is a parabola its posterior is known: 400 events' draws have its mean within five
-    standard errors, and its variance within a tenth. Where the proposals miss it, none is kept."""
-    energy = Energy(Gaussian(jnp.zeros(3), jnp.eye(3)), lambda x: x, obs_sd=0.5)
-    event = Event(jnp.array([1.0, -2.0, 0.5]), jnp.ones(3, bool))
-    mode, x = 0.8 * event.y, jnp.array([9.0, 9.0, 9.0])
-    drawn = jax.jit(jax.vmap(lambda key: states_of(energy, x, event, mode[None], key)))
-    states = np.asarray(drawn(jax.random.split(jax.random.key(0), 400)))
-    assert states.shape == (400, 1 + KEPT, 3)
-    assert (states[:, 0] == 9.0).all()
-    means = states[:, 1:].mean(1)
-    error = means.std(0) / np.sqrt(400)
-    assert (np.abs(means.mean(0) - mode) < 5.0 * error).all()
-    np.testing.assert_allclose(states[:, 1:].reshape(-1, 3).var(0), 0.2, rtol=0.1)
-    sharp = Energy(energy.prior, lambda x: x, obs_sd=1e-3)
-    lost = jax.jit(lambda key: states_of(sharp, x, event, 0.0 * mode[None], key))
-    assert (np.asarray(lost(jax.random.key(1))) == 9.0).all()
 
 
 def kept_programs() -> dict[str, str]:
