@@ -71,20 +71,26 @@ def kept_programs() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "column"),
-    [
-        ("regression_ou", "KL"),
-        ("make_weights", "KL"),
+QUICK = [
+    ("regression_ou", "KL"),
+    ("make_weights", "KL"),
+    ("fourdvarnet", "plain on J"),
+    ("gates", "one piece missing"),
+    ("throughput", "of matrix rate"),
+    ("widgets", "gap explorer"),
+]
+"""Benchmarks, and a column of the table that each prints."""
+
+if os.environ.get("AMORTLIB_ALL"):
+    # They compile for minutes, and their parts have tests of their own.
+    QUICK += [
         ("ladder", "multi-start 4DVar"),
-        ("fourdvarnet", "plain on J"),
-        ("gates", "one piece missing"),
         ("expressiveness", "spline flow"),
         ("refinement", "both gates"),
-        ("throughput", "of matrix rate"),
-        ("widgets", "gap explorer"),
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize(("name", "column"), QUICK)
 def test_a_quick_run_prints_its_table_and_writes_its_data(
     name: str, column: str, tmp_path: Path
 ) -> None:
