@@ -88,8 +88,8 @@ class Window(eqx.Module):
         steps = (states - 1) * self.substeps
         times = self.dt / self.substeps * jnp.arange(steps + 1)
         tableau = getattr(self.solver, "tableau", None)
-        if self.adjoint is None and isinstance(self.solver, dfx.AbstractERK):
-            assert isinstance(tableau, dfx.ButcherTableau)
+        explicit = isinstance(self.solver, dfx.AbstractERK)
+        if self.adjoint is None and explicit and isinstance(tableau, dfx.ButcherTableau):
             return self._loop(tableau, x, times)[:: self.substeps]
         solution = dfx.diffeqsolve(
             dfx.ODETerm(self.dynamics.vector_field),
@@ -109,8 +109,8 @@ class Window(eqx.Module):
         """`x` and the states after an explicit Runge-Kutta step from each time to the next."""
         b, c = tableau.b_sol, (0.0, *tableau.c)
         rows = [np.zeros(0), *tableau.a_lower]
-        # A last stage that only tells the error, or begins the next step, is left out.
-        used = [i for i in range(b.size) if b[i] or any(row.size > i and row[i] for row in rows)]
+        # Stages behind the last that counts only tell the error, or begin the next step.
+        stages = 1 + np.flatnonzero(b)[-1]
 
         def step(x: Array, span: tuple[Array, Array]) -> tuple[Array, Array]:
             t, h = span[0], span[1] - span[0]
@@ -120,7 +120,7 @@ class Window(eqx.Module):
                 parts = [float(w) * k for w, k in zip(weights, slopes, strict=False) if w]
                 return x + h * sum(parts) if parts else x
 
-            for i in used:
+            for i in range(stages):
                 slopes.append(self.dynamics.vector_field(t + float(c[i]) * h, after(rows[i]), None))
             x = after(b)
             return x, x

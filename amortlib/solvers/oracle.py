@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from amortlib.energy import Energy
+from amortlib.laplace import residual_jacobian
 from amortlib.solvers.incremental import IncrementalFourDVar
 from amortlib.types import Array, Event, InvalidEventError, Key, to_double
 
@@ -234,15 +235,14 @@ def _polish(
     d = v.shape[-1]
 
     def one(event, v):
-        def residual(v):
-            r = energy.residual(v, event)
-            return r, r
+        def cost_at(v):
+            return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
 
         def local(v):
-            cost, slope = jax.value_and_grad(lambda v: 0.5 * jnp.sum(residual(v)[0] ** 2))(v)
+            cost, slope = jax.value_and_grad(cost_at)(v)
             return slope, (cost, slope)
 
-        def newton(_, at):
+        def newton(i, at):
             v, cost, slope, curvature = at
             trial = v - jnp.linalg.solve(curvature, slope)
             bend, (there, gradient) = jax.jacfwd(local, has_aux=True)(trial)
@@ -250,12 +250,13 @@ def _polish(
             flatter = jnp.linalg.norm(gradient) < jnp.linalg.norm(slope)
             # In a narrow valley the first is the test, in the last digits the second.
             better = (trial, there, gradient, bend)
-            return jax.tree.map(lambda a, b: jnp.where(lower | flatter, a, b), better, at)
+            take = (i == 0) | lower | flatter
+            return jax.tree.map(lambda a, b: jnp.where(take, a, b), better, at)
 
-        # The first pass only looks: its step is zero, and any J is lower.
-        start = (v, jnp.full((), jnp.inf, v.dtype), jnp.zeros_like(v), jnp.eye(d, dtype=v.dtype))
+        # The first pass only looks: its step is zero, and what it sees counts, finite or not.
+        start = (v, jnp.zeros((), v.dtype), jnp.zeros_like(v), jnp.eye(d, dtype=v.dtype))
         v, cost, slope, curvature = jax.lax.fori_loop(0, steps + 1, newton, start)
-        tangent, _ = jax.jacfwd(residual, has_aux=True)(v)
+        tangent = residual_jacobian(energy, v, event)
         root = jax.vmap(energy.prior.colour)(jnp.eye(d, dtype=v.dtype)) - energy.prior.loc
         # d slope / dy = J_o^T R^{-1/2}, with J_o the rows of the innovations.
         across = tangent[d:].T / energy.sd(event).reshape(-1)

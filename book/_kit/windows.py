@@ -15,9 +15,9 @@ from amortlib.problems import InverseProblem, Window
 class FixedSteps(eqx.Module):
     """x_0 -> H(states), as a `Window`, by the classical Runge-Kutta scheme in one plain loop.
 
-    An integrator of a library brings machinery that each program around it compiles anew. This
-    has none: a page that searches, differentiates twice and samples takes a third of the time and
-    much less memory. It has to agree with the window that it stands in for.
+    Four stages a step where a `Window` takes six, and the scheme that `js/lorenz.mjs` mirrors. Each
+    program around a window compiles it anew: a page that searches, differentiates twice and samples
+    has dozens. It has to agree with the window that it stands in for.
 
     Attributes:
         dynamics: deterministic, has `vector_field(t, x, args)`.

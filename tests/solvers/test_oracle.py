@@ -9,6 +9,7 @@ from _kit.windows import FixedSteps
 
 from amortlib.energy import Energy
 from amortlib.gaussian import Gaussian, condition
+from amortlib.laplace import gain, gauss_newton_hessian, hessian, mode_jacobian
 from amortlib.observation import AllMissing, ContiguousGaps, GaussianNoise, gap
 from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost, ornstein_uhlenbeck
 from amortlib.solvers import Oracle
@@ -214,3 +215,35 @@ def test_bad_events_are_refused(change, message) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="starts >= 3"):
         _oracle(window(), starts=2)
+
+
+def test_what_is_said_of_a_mode_is_what_its_curvature_says(x64) -> None:
+    """In a model that bends, where the two Hessians differ: against the formulas for the state."""
+    problem = bent()
+    _, events = problem.batch(jax.random.key(0), 5)
+    found = _oracle(problem, starts=8)(events, key=jax.random.key(9))
+    energy = to_double(Energy(problem.prior, problem.forward))
+    for i in range(5):
+        event, mode = (
+            to_double(jax.tree.map(lambda a, i=i: a[i], events)),
+            jnp.asarray(found.mode[i]),
+        )
+        want = {
+            "energy": energy(mode, event),
+            "covariance": jnp.linalg.inv(hessian(energy, mode, event)),
+            "gauss_newton_covariance": jnp.linalg.inv(gauss_newton_hessian(energy, mode, event)),
+            "jacobian": mode_jacobian(energy, mode, event),
+            "gain": gain(energy, mode, event),
+        }
+        for name, value in want.items():
+            np.testing.assert_allclose(getattr(found, name)[i], value, rtol=1e-8, atol=1e-9)
+    assert np.abs(found.gain - found.jacobian).max() > 1e-3
+
+
+def test_a_model_that_gives_no_number_is_not_said_to_have_converged() -> None:
+    prior = Gaussian(jnp.zeros(2), jnp.eye(2))
+    energy = Energy(prior, lambda x: x * jnp.nan, obs_sd=1.0)
+    events = Event(jnp.ones((3, 2)), jnp.ones((3, 2), bool))
+    found = Oracle(energy, starts=3, rounds=1)(events, key=jax.random.key(0))
+    assert not found.converged.any()
+    assert not found.sure.any()
