@@ -12,7 +12,7 @@ from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
 from amortlib.posterior import AmortizedPosterior
 from amortlib.types import Array, Event, Key
 
-__all__ = ["NegativeELBO", "dsm", "elbo", "nll"]
+__all__ = ["Lesson", "ModeMatch", "NegativeELBO", "dsm", "elbo", "nll"]
 
 
 def nll(
@@ -140,3 +140,84 @@ class NegativeELBO(eqx.Module):
             return elbo(model(event), self.energy, event, self.samples, key=key)
 
         return -jnp.mean(jax.vmap(one)(events, keys))
+
+
+class Lesson(eqx.Module):
+    """What a solver has to teach of an event, or of many with a leading axis.
+
+    Attributes:
+        mode: x*, the minimum of J.
+        chol: lower Cholesky factor of the covariance there, the unit that misses are measured in.
+        jacobian: d x*/dy, of shape `(d, *obs)`; zero at masked entries.
+    """
+
+    mode: Float[Array, "*n d"]
+    chol: Float[Array, "*n d d"]
+    jacobian: Float[Array, "..."]
+
+
+class ModeMatch(eqx.Module):
+    """Distillation of the mode alone, and of how it moves: the head's against a solver's.
+
+    For an event with the solver's mode x*, covariance P* = L L^T and Jacobian A* = d x*/dy,
+
+        |L^-1 (mode_q - x*)|^2 / d + slope |A_q - A*|_F^2 / |A*|_F^2,
+
+    averaged over the batch; masked entries count for nothing. Targets are functions of the
+    event, without the noise of a simulated state. Training on derivatives too is the Sobolev
+    training of Czarnecki, Osindero, Jaderberg, Swirszcz and Pascanu (2017), arXiv:1706.04859;
+    as in their section 2 the Jacobian is not formed: E |M u|^2 = |M|_F^2 where the entries of u
+    are random signs, and M u takes one tangent of the network.
+
+    Attributes:
+        slope: weight of the Jacobian's part; with 0 it is not computed.
+        probes: random directions an event.
+    """
+
+    slope: float = eqx.field(static=True, default=1.0)
+    probes: int = eqx.field(static=True, default=1)
+
+    def __check_init__(self):
+        if self.slope < 0 or self.probes < 1:
+            raise ValueError(
+                f"expected slope >= 0 and probes >= 1, got {self.slope} and {self.probes}"
+            )
+
+    def __call__(
+        self, model: AmortizedPosterior, batch: tuple[Lesson, Event], key: Key
+    ) -> Float[Array, ""]:
+        """The loss on a batch.
+
+        Args:
+            model: a posterior whose `mode` can be differentiated.
+            batch: lessons and their events, with a leading axis of n.
+            key: draws the directions.
+        """
+        lessons, events = batch
+
+        def one(lesson: Lesson, event: Event, key: Key) -> Array:
+            def mode(y: Array) -> Array:
+                return model.mode(eqx.tree_at(lambda e: e.y, event, y))
+
+            if self.slope == 0:
+                return _square_miss(lesson, mode(event.y))
+            x, move = jax.linearize(mode, event.y)
+            size = jnp.sum(jnp.where(event.mask, lesson.jacobian, 0.0) ** 2)
+
+            def along(key: Key) -> Array:
+                sign = jax.random.rademacher(key, event.y.shape, event.y.dtype)
+                u = jnp.where(event.mask, sign, 0.0)
+                want = lesson.jacobian.reshape(x.size, -1) @ u.reshape(-1)
+                return jnp.sum((move(u) - want) ** 2)
+
+            off = jnp.mean(jax.vmap(along)(jax.random.split(key, self.probes)))
+            # Where nothing is seen neither mode may move, and no direction is left.
+            return _square_miss(lesson, x) + self.slope * off / jnp.where(size > 0, size, 1.0)
+
+        keys = jax.random.split(key, events.y.shape[0])
+        return jnp.mean(jax.vmap(one)(lessons, events, keys))
+
+
+def _square_miss(lesson: Lesson, x: Float[Array, " d"]) -> Float[Array, ""]:
+    white = jax.scipy.linalg.solve_triangular(lesson.chol, x - lesson.mode, lower=True)
+    return jnp.mean(white**2)

@@ -10,9 +10,11 @@ import optax
 import pytest
 import scipy.stats
 
+from amortlib.encoders import AbstractEncoder
 from amortlib.energy import Energy, GibbsPosterior
 from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov, condition, kl
-from amortlib.objectives import NegativeELBO, elbo, nll
+from amortlib.heads import AbstractHead
+from amortlib.objectives import Lesson, ModeMatch, NegativeELBO, elbo, nll
 from amortlib.posterior import AmortizedPosterior, regression_posterior
 from amortlib.problems import InverseProblem, ornstein_uhlenbeck
 from amortlib.training import fit
@@ -326,3 +328,140 @@ def test_no_draw_is_refused(energy, n):
         elbo(energy.prior, energy, LINEAR_EVENT, n, key=KEY)
     with pytest.raises(ValueError, match=f"got {n}"):
         NegativeELBO(energy, samples=n)
+
+
+class Values(AbstractEncoder):
+    """What was seen is the context."""
+
+    obs_shape: tuple[int, ...] | None = None
+    uses_sd: bool = False
+
+    def __call__(self, event):
+        return event.values
+
+
+class LinearHead(AbstractHead):
+    """A Gaussian whose mode is linear in its context."""
+
+    matrix: jax.Array
+
+    def __call__(self, context):
+        return Gaussian(self.matrix @ context, jnp.eye(2))
+
+
+def linear(matrix) -> AmortizedPosterior:
+    return AmortizedPosterior(Values(), LinearHead(jnp.asarray(matrix)))
+
+
+@pytest.fixture(scope="module")
+def lessons() -> tuple[Lesson, Event, np.ndarray]:
+    """Three events with gaps, and a teacher whose mode is linear in what was seen."""
+    rng = np.random.default_rng(0)
+    y, mask = rng.normal(size=(3, T)), np.array([[1, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]], bool)
+    right = rng.normal(size=(2, T)).astype(np.float32)
+    jacobian = np.where(mask[:, None], right, 0.0).astype(np.float32)
+    chol = np.linalg.cholesky(np.eye(2) + 0.3).astype(np.float32)[None].repeat(3, 0)
+    mode = np.einsum("eij,ej->ei", jacobian, y).astype(np.float32)
+    # What stands at a masked entry is as people have it, in the event and in the lesson.
+    jacobian = np.where(mask[:, None], jacobian, 7.0).astype(np.float32)
+    events = Event(jnp.asarray(np.where(mask, y, np.nan), jnp.float32), jnp.asarray(mask))
+    return Lesson(*map(jnp.asarray, (mode, chol, jacobian))), events, right
+
+
+def test_a_head_that_is_the_teacher_has_nothing_to_learn(lessons):
+    lesson, events, right = lessons
+    loss = ModeMatch(2.0)(linear(right), (lesson, events), KEY)
+    assert 0.0 <= loss < 1e-10
+
+
+@pytest.mark.parametrize("column", range(T))
+def test_matching_modes_and_jacobians_is_the_formula(lessons, column):
+    """Wrong in one column alone, the signs drawn cancel: equal to numpy, whatever the key."""
+    lesson, events, right = lessons
+    wrong = right.copy()
+    wrong[:, column] += 0.5
+    off = np.where(events.mask[:, None], wrong - right, 0.0)
+    miss = np.einsum("eij,ej->ei", off, np.where(events.mask, np.nan_to_num(events.y), 0.0))
+    white = np.linalg.solve(np.asarray(lesson.chol), miss[..., None])[..., 0]
+    size = (np.where(events.mask[:, None], right, 0.0) ** 2).sum((1, 2))
+    share = (off**2).sum((1, 2)) / np.where(size > 0, size, 1.0)
+    for slope in (0.0, 0.7):
+        want = np.mean((white**2).mean(1) + slope * share)
+        got = ModeMatch(slope)(linear(wrong), (lesson, events), KEY)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-12)
+
+
+def test_random_signs_measure_the_whole_jacobian(lessons):
+    """Wrong everywhere: the mean over 4,000 keys lies within five standard errors of the squared
+    Frobenius norm (false alarm 6e-7), and the keys do not all say the same."""
+    lesson, events, right = lessons
+    wrong = right + np.random.default_rng(1).normal(size=right.shape).astype(np.float32)
+    batch, model = (lesson, events), linear(wrong)
+    run = eqx.filter_jit(lambda key: ModeMatch(1.0)(model, batch, key))
+    values = np.asarray(jax.vmap(run)(jax.random.split(KEY, 4000)))
+    off = np.where(events.mask[:, None], wrong - right, 0.0)
+    size = (np.where(events.mask[:, None], right, 0.0) ** 2).sum((1, 2))
+    share = ((off**2).sum((1, 2)) / np.where(size > 0, size, 1.0)).mean()
+    values = values - ModeMatch(0.0)(model, batch, KEY)
+    assert values.std() > 0
+    assert abs(values.mean() - share) < 5 * values.std() / np.sqrt(4000)
+    many = ModeMatch(1.0, probes=4000)(model, batch, KEY) - ModeMatch(0.0)(model, batch, KEY)
+    assert abs(many - share) < 5 * values.std() / np.sqrt(4000)
+
+
+def test_training_on_slopes_mends_slopes(problem):
+    """Two trainings alike but for the Jacobian's part. On fresh events the head that was taught
+    slopes is nearer to the teacher's, and both are nearer in the mode than they began."""
+    model = regression_posterior(
+        "cholesky", key=KEY, prior=problem.prior, width=24, depth=1, features=12
+    )
+
+    def taught(key, n):
+        _, events = problem.batch(key, n)
+
+        def exact(event):
+            q = condition(problem.prior, jnp.eye(T), event)
+            move = jax.jacfwd(
+                lambda y: (
+                    condition(problem.prior, jnp.eye(T), eqx.tree_at(lambda e: e.y, event, y)).loc
+                )
+            )
+            return Lesson(q.loc, q.chol, move(event.y))
+
+        return jax.vmap(exact)(events), events
+
+    lesson, events = taught(jax.random.key(9), 256)
+
+    @eqx.filter_jit
+    def judged(model):
+        def one(lesson, event):
+            move = jax.jacfwd(lambda y: model.mode(eqx.tree_at(lambda e: e.y, event, y)))(event.y)
+            return jnp.sum((move - lesson.jacobian) ** 2), jnp.sum(
+                (model.mode(event) - lesson.mode) ** 2
+            )
+
+        slope, miss = jax.vmap(one)(lesson, events)
+        return jnp.mean(slope), jnp.mean(miss)
+
+    before = judged(model)
+    after = {}
+    for slope in (0.0, 1.0):
+        run = fit(
+            model,
+            ModeMatch(slope),
+            lambda key: taught(key, 64),
+            key=KEY,
+            steps=300,
+            optimizer=optax.adam(1e-2),
+            progress=False,
+        )
+        after[slope] = judged(run.model)
+    assert after[1.0][0] < 0.8 * after[0.0][0]
+    assert after[1.0][1] < before[1]
+    assert after[0.0][1] < before[1]
+
+
+@pytest.mark.parametrize(("slope", "probes"), [(-1.0, 1), (1.0, 0)])
+def test_a_weight_below_nothing_or_no_direction_is_refused(slope, probes):
+    with pytest.raises(ValueError, match="expected slope >= 0 and probes >= 1"):
+        ModeMatch(slope, probes)
