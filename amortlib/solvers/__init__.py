@@ -11,7 +11,7 @@ from amortlib.solvers.fourdvarnet import (
 from amortlib.solvers.incremental import IncrementalFourDVar
 from amortlib.solvers.oi import OptimalInterpolation
 from amortlib.solvers.oracle import Oracle, OracleAnalysis
-from amortlib.solvers.reference import WeightedSample, importance_sample
+from amortlib.solvers.reference import WeightedSample, importance_sample, population_sample
 from amortlib.solvers.strong import StrongFourDVar
 from amortlib.solvers.threedvar import ThreeDVar
 from amortlib.solvers.weak import WeakFourDVar
@@ -31,6 +31,7 @@ __all__ = [
     "WeightedSample",
     "fourdvar_network",
     "importance_sample",
+    "population_sample",
     "reconstruction",
     "trajectories",
 ]

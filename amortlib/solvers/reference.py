@@ -12,7 +12,7 @@ from amortlib.gaussian import AbstractDistribution
 from amortlib.laplace import gauss_newton_hessian
 from amortlib.types import Array, Event, Key
 
-__all__ = ["WeightedSample", "importance_sample"]
+__all__ = ["WeightedSample", "importance_sample", "population_sample"]
 
 
 class WeightedSample(eqx.Module):
@@ -126,3 +126,49 @@ def importance_sample(
 
     log_weight = jax.vmap(lambda x: -energy(x, event) - log_proposal(x))(x)
     return WeightedSample(x, log_weight)
+
+
+@eqx.filter_jit
+def population_sample(
+    energy: Energy,
+    event: Event,
+    modes: Float[Array, "k d"],
+    n: int,
+    *,
+    key: Key,
+    rounds: int = 2,
+    centres: int = 32,
+) -> WeightedSample:
+    """[`importance_sample`][] again and again, each time around draws of the time before as well.
+
+    Where J is far from a parabola the shape of its minima says little of where its mass is, and a
+    few draws carry most of the weight. Resampled, and with the curvature of J at each of them, they
+    lead the next draws along a ridge. The minima stay among the centres, and the prior among the
+    proposals, so that weights stay bounded whatever the first draws missed. Cappe, Guillin, Marin
+    and Robert (2004), *Population Monte Carlo*, J. Comput. Graph. Stat. 13, section 2.
+
+    Args:
+        energy: J.
+        event: the event.
+        modes: minima of J; repeats do no harm.
+        n: number of draws in each round; those of the last are returned.
+        key: randomness.
+        rounds: how often after the first time; with 0 it is `importance_sample`.
+        centres: draws of the last round that the next one is made around, beside the minima.
+
+    Raises:
+        ValueError: on a negative number of rounds, or no centres.
+    """
+    if rounds < 0 or centres < 1:
+        raise ValueError(f"expected rounds >= 0 and centres >= 1, got {rounds} and {centres}")
+    key, k_draw = jax.random.split(key)
+    sample = importance_sample(energy, event, modes, n, key=k_draw)
+
+    def again(carry: tuple[WeightedSample, Key], _: None) -> tuple[tuple, None]:
+        sample, key = carry
+        key, k_centre, k_draw = jax.random.split(key, 3)
+        around = jnp.concatenate([modes, sample.resample(centres, key=k_centre)])
+        return (importance_sample(energy, event, around, n, key=k_draw), key), None
+
+    (sample, _), _ = jax.lax.scan(again, (sample, key), None, length=rounds)
+    return sample
