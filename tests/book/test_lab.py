@@ -167,6 +167,10 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
         "document.querySelector('.live-legend').textContent.includes('white noise')"
     )
 
+    # A frame comes after its plot is there, and a busy machine takes its time.
+    page.wait_for_function(
+        "[...document.querySelectorAll('.live-words')].every((words) => words.textContent)"
+    )
     words = page.locator(".live-words")
     assert "“even”: over 100 events p is 1 by the component" in words.nth(1).inner_text()
     assert re.search(
