@@ -1,12 +1,13 @@
 """Train the flow for the Lorenz-63 window that pages load, and measure it against the posterior.
 
-    python -m benchmarks.flow_lorenz63 [--json FILE] [--quick]
+    python -m benchmarks.flow_lorenz63 [--json FILE] [--quick] [--measure]
 
 Writes `book/weights/lorenz63_flow.safetensors`; a quick run trains for a moment and writes
-nothing. Three parts: a full-covariance regression head trained by maximum likelihood on gappy
-windows; a pool of events, each refined from its guess; the mixture of flows in the whitened
-coordinates of the refined points, trained on the pool. Time is that of the process on the
-processor, so that it means the same on a machine that does other things.
+nothing, and `--measure` takes the weights that are there and writes their figures alone. Three
+parts: a full-covariance regression head trained by maximum likelihood on gappy windows; a pool of
+events, each refined from its guess; the mixture of flows in the whitened coordinates of the refined
+points, trained on the pool. Time is that of the process on the processor, so that it means the same
+on a machine that does other things.
 
 Every event is judged by the posterior itself, by importance sampling around the oracle's minima.
 """
@@ -27,17 +28,17 @@ import optax
 
 from amortlib.encoders import FlatEncoder
 from amortlib.energy import Energy
-from amortlib.export import build_and_load, save
+from amortlib.export import build_and_load, read_settings, save
 from amortlib.heads import CholeskyHead
 from amortlib.objectives import nll
 from amortlib.observation import ContiguousGaps, NoGaps
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, lorenz63
 from amortlib.refine import refined_posterior
-from amortlib.solvers import Oracle, importance_sample
+from amortlib.solvers import Oracle, population_sample
 from amortlib.training import fit
 from amortlib.types import Array, Event, Key
-from benchmarks.report import Bar, arguments, finish, table
+from benchmarks.report import Bar, finish, parser, table
 
 FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_flow.safetensors"
 SEEDS = {"weights": 0, "guess": 1, "pool": 2, "flow": 3, "held out": 41}
@@ -49,6 +50,8 @@ GUESS_STEPS, GUESS_RATE, GUESS_BATCH = 9000, 2e-3, 256
 POOL = 96 * 1024
 FLOW_STEPS, FLOW_RATE, FLOW_BATCH = 4500, 2e-3, 192
 LARGEST_FILE = 700_000
+CHECK: dict[str, Any] = {"fraction": 0.4, "events": 16, "seed": 77}
+"""Few enough events to be measured again by a test of the file."""
 
 
 def energy_of(problem: InverseProblem) -> Energy:
@@ -154,7 +157,7 @@ def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]
 
 
 def references(
-    fraction: float, events: int, seed: int, *, draws: int = 2048
+    fraction: float, events: int, seed: int, *, draws: int = 4096
 ) -> tuple[Event, Any, np.ndarray]:
     """Events, a weighted sample of the posterior of each, and whether it has one minimum."""
     gaps = NoGaps() if fraction == 0.0 else ContiguousGaps(fraction)
@@ -173,7 +176,7 @@ def references(
     @eqx.filter_jit
     def weigh(batch: Event, modes: Array, keys: Array) -> Any:
         return jax.lax.map(
-            lambda part: importance_sample(energy, part[0], part[1], draws, key=part[2]),
+            lambda part: population_sample(energy, part[0], part[1], draws, key=part[2]),
             (batch, modes, keys),
         )
 
@@ -298,26 +301,32 @@ def bars_of(metrics: dict[str, dict[str, float]], seconds: float) -> list[Bar]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, save."""
-    args = arguments(__doc__.splitlines()[0], argv)
-    model, seconds = train(quick=args.quick)
-    total = sum(seconds.values())
-    words = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
-    print(f"trained in {total:.0f} s of processor time: {words}", flush=True)
-    size = {"sizes": {"guess": GUESS, "refined": REFINED, "flow": SIZES}}
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--measure", action="store_true", help="measure the weights there are")
+    args = options.parse_args(argv)
+    sizes = {"guess": GUESS, "refined": REFINED, "flow": SIZES}
+    record: dict[str, Any] = {
+        "guess": {"steps": GUESS_STEPS, "rate": GUESS_RATE, "batch": GUESS_BATCH},
+        "pool": POOL,
+        "flow": {"steps": FLOW_STEPS, "rate": FLOW_RATE, "batch": FLOW_BATCH},
+        "seeds": SEEDS,
+    }
+    if args.measure:
+        model, settings = load(), read_settings(FILE)
+        sizes, record = settings["sizes"], settings["record"]
+    else:
+        model, seconds = train(quick=args.quick)
+        record["seconds"] = {name: round(s) for name, s in seconds.items()}
+    total = sum(record["seconds"].values())
+    words = ", ".join(f"{name} {s} s" for name, s in record["seconds"].items())
+    print(f"trained in {total} s of processor time: {words}", flush=True)
     if not args.quick:
-        save(FILE, model, settings={**size, "record": {}})
+        save(FILE, model, settings={"sizes": sizes, "record": record})
     metrics = at_all(model, FRACTIONS, quick=args.quick)
     bars = bars_of(metrics, total)
     if not args.quick:
-        record = {
-            "guess": {"steps": GUESS_STEPS, "rate": GUESS_RATE, "batch": GUESS_BATCH},
-            "pool": POOL,
-            "flow": {"steps": FLOW_STEPS, "rate": FLOW_RATE, "batch": FLOW_BATCH},
-            "seconds": {name: round(s) for name, s in seconds.items()},
-            "seeds": SEEDS,
-            "metrics": metrics,
-        }
-        save(FILE, model, settings={**size, "record": record})
+        record = record | {"metrics": metrics, "check": measure(model, **CHECK)}
+        save(FILE, model, settings={"sizes": sizes, "record": record})
         print(f"wrote {FILE.relative_to(FILE.parent.parent.parent)}, {FILE.stat().st_size} bytes")
         bars.append(Bar.check("bytes of the file", FILE.stat().st_size, "<=", LARGEST_FILE))
     return finish(args, name="flow_lorenz63", results=metrics, bars=bars, seeds=SEEDS)
