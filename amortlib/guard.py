@@ -22,10 +22,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
+from amortlib.calibration.adjoint import ADJOINT, jacobian_error
 from amortlib.calibration.agreement import AGREEMENT, mode_distance
 from amortlib.calibration.importance import importance_figures
 from amortlib.energy import Energy
-from amortlib.laplace import laplace, residual_jacobian
+from amortlib.laplace import laplace, mode_jacobian, residual_jacobian
 from amortlib.posterior import AmortizedPosterior
 from amortlib.refine import refine
 from amortlib.types import Array, Event, Fixed, Key
@@ -61,6 +62,9 @@ class Signs(eqx.Module):
         distance: from the head's mode to where a few steps on J end, by the measure of the gate
             of posterior agreement, `max_i |x - x'|_i / sd_i`, with the curvature of J there.
         left: Newton's step from there, in sd of the same curvature.
+        slope: relative error of the Jacobian of the head's mode, by the measure of the gate of
+            adjoint calibration, against that of a minimum at the refined point; 0 where the guard
+            was not set to ask for it.
         fall: by how much the steps lowered J, in nats.
         weights: minus the effective share of draws of q as draws of exp(-J); 0 where q's
             log-density is not exact.
@@ -74,6 +78,7 @@ class Signs(eqx.Module):
 
     distance: Float[Array, ""]
     left: Float[Array, ""]
+    slope: Float[Array, ""]
     fall: Float[Array, ""]
     weights: Float[Array, ""]
     khat: Float[Array, ""]
@@ -95,7 +100,7 @@ class Judgement(eqx.Module):
 
     Attributes:
         trust: a [`Trust`][], as a whole number.
-        tail: smallest share, over signs but the first two, of the simulated events on which the
+        tail: smallest share, over signs but the first three, of the simulated events on which the
             head is right that look as bad or worse.
         signs: what was seen.
         refined: the state after the guard's own steps on J, shape `(d,)`.
@@ -126,6 +131,7 @@ class Guard(eqx.Module):
         posterior: the head.
         energy: J.
         rate: share of false alarms: among events as simulated on which the head is right.
+        slopes: whether the Jacobian of the head's mode is looked at.
         level: an event whose `tail` is below this is an alarm.
         wrong: share of the simulated events on which the head is not right.
         seen: values of each sign on the others, sorted, arrays of shape `(n,)`.
@@ -136,6 +142,7 @@ class Guard(eqx.Module):
     posterior: Fixed
     energy: Fixed
     rate: float = eqx.field(static=True)
+    slopes: bool = eqx.field(static=True)
     level: float
     wrong: float
     seen: Signs
@@ -144,7 +151,8 @@ class Guard(eqx.Module):
 
     def signs(self, event: Event, *, key: Key) -> tuple[Signs, Float[Array, " d"]]:
         """The signs of one event, and the refined state."""
-        return _signs(self.posterior.value, self.energy.value, event, self.centre, self.scale, key)
+        parts = self.posterior.value, self.energy.value
+        return _signs(*parts, event, self.centre, self.scale, key, self.slopes)
 
     def __call__(self, event: Event, *, key: Key) -> Judgement:
         """Judge one event; the key draws from q.
@@ -156,7 +164,8 @@ class Guard(eqx.Module):
         mends = jnp.stack([tails[name] for name in _MENDS]).min()
         stays = jnp.stack([tails[name] for name in _STAYS]).min()
         # A comparison with NaN is false: asked this way round, it raises the alarm.
-        refine_it = ~(signs.distance <= AGREEMENT) | (mends < self.level)
+        refine_it = ~(signs.distance <= AGREEMENT) | ~(signs.slope < ADJOINT)
+        refine_it = refine_it | (mends < self.level)
         solve_it = ~(signs.left <= LEFT) | (stays < self.level)
         trust = jnp.where(refine_it, int(Trust.REFINE), int(Trust.TRUST))
         trust = jnp.where(solve_it, int(Trust.SOLVE), trust)
@@ -177,6 +186,7 @@ def _signs(
     centre: Array,
     scale: Array,
     key: Key,
+    slopes: bool,
 ) -> tuple[Signs, Array]:
     q, prior = posterior(event), energy.prior
     v = prior.whiten(q.mode())
@@ -196,11 +206,16 @@ def _signs(
         weights, khat = -figures.ess, figures.khat
     else:
         weights = khat = jnp.zeros((), v.dtype)
+    slope = jnp.zeros((), v.dtype)
+    if slopes:
+        moves = posterior.mode_jacobian(event)
+        slope = jacobian_error(moves, mode_jacobian(energy, there, event), event.mask)
     score = _normal_score(2.0 * least, jnp.sum(event.mask))
     features = (_flat_context(posterior, event) - centre) / scale
     signs = Signs(
         distance=mode_distance(q.mode(), there, around.covariance()),
         left=jnp.linalg.norm(jacobian @ newton),
+        slope=slope,
         fall=cost(v) - least,
         weights=weights,
         khat=khat,
@@ -218,11 +233,12 @@ def calibrate(
     *,
     key: Key,
     rate: float = 0.01,
+    slopes: bool = False,
     batch: int = 100,
 ) -> Guard:
     """Set a guard on simulated events.
 
-    The events on which the head is right are those whose first two signs are within their bounds.
+    The events on which the head is right are those whose first three signs are within their bounds.
     Each other sign of each of them is given the share of them that look as bad or worse in it; the
     smallest of the shares is the event's `tail`. The level is the quantile of the tails at `rate`,
     so that all signs together raise an alarm on that share of events, whatever their dependence.
@@ -233,6 +249,9 @@ def calibrate(
         events: as they were simulated for training, and not used in it; with a leading axis.
         key: draws from q.
         rate: share of false alarms.
+        slopes: whether to look at the Jacobian of the head's mode too, for who uses it: of J that
+            takes the second derivative, of the head one tangent an observation, and a mode that
+            can be differentiated.
         batch: events at once.
 
     Raises:
@@ -259,7 +278,7 @@ def calibrate(
         parts: tuple[Any, Any], events: Event, centre: Array, scale: Array, keys: Array
     ) -> Signs:
         def one(event: Event, key: Key) -> Signs:
-            return _signs(*parts, event, centre, scale, key)[0]
+            return _signs(*parts, event, centre, scale, key, slopes)[0]
 
         return jax.vmap(one)(events, keys)
 
@@ -288,7 +307,7 @@ def calibrate(
                 f"expected numbers, got NaN in the sign {name!r} at {int(bad.sum())} of {n} "
                 f"simulated events, the first of them event {int(np.argmax(bad))}"
             )
-    right = (found.distance <= AGREEMENT) & (found.left <= LEFT)
+    right = (found.distance <= AGREEMENT) & (found.left <= LEFT) & (found.slope < ADJOINT)
     kept = int(right.sum())
     if kept * rate < 5:
         raise GuardError(
@@ -304,4 +323,4 @@ def calibrate(
     # An event is among those that it is compared with, and `_tail` counts it once more.
     least = np.min(tails, axis=0) - 1.0 / (kept + 1.0)
     level, wrong = float(np.quantile(least, rate)), 1.0 - kept / n
-    return Guard(Fixed(posterior), Fixed(energy), rate, level, wrong, seen, centre, scale)
+    return Guard(Fixed(posterior), Fixed(energy), rate, slopes, level, wrong, seen, centre, scale)

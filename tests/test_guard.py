@@ -162,3 +162,43 @@ def test_what_cannot_be_set_says_so(
     )
     with pytest.raises(GuardError, match="NaN in the sign 'distance'"):
         calibrate(broken, guard.energy.tree, events, key=jax.random.key(0), rate=RATE)
+
+
+class Steep(AbstractHead):
+    """The answer of a head, but for a ripple in its mean: small, and steep on one event of two."""
+
+    inner: Any
+    by: jax.Array
+
+    def __call__(self, context: Any) -> GaussMarkov:
+        q = self.inner(context)
+        ripple = 1e-3 * jnp.sin(self.by * q.loc)
+        return eqx.tree_at(lambda q: q.loc, q, q.loc + jnp.where(q.loc[0] > 0, ripple, 0.0))
+
+
+def test_a_mode_that_moves_unlike_the_minimum_is_caught_where_it_is_asked_for(
+    made: tuple[Guard, InverseProblem],
+) -> None:
+    """It is where it should be, and everything else about it is as usual: the guard that does not
+    look trusts it, the one that does refines it on the events where it is steep, and no other."""
+    plain, problem = made
+    energy = Energy(problem.prior, problem.forward)
+    _, usual = problem.batch(jax.random.key(1), N // 2)
+    good = plain.posterior.tree
+    guard = calibrate(good, energy, usual, key=jax.random.key(2), rate=RATE, slopes=True)
+    assert guard.wrong < 0.01
+    _, events = fresh(problem, 200)
+    steep = AmortizedPosterior(good.encoder, Steep(good.head, jnp.asarray(300.0)))
+    held = Fixed(steep)
+    said = {}
+    for name, g in (("plain", plain), ("looks", guard)):
+        judged = _judge(eqx.tree_at(lambda g: g.posterior, g, held), events, jax.random.key(3))
+        said[name] = np.asarray(judged.trust), np.asarray(judged.signs.slope)
+    mean = np.asarray(eqx.filter_jit(jax.vmap(good.mode))(events))
+    bad = mean[:, 0] > 0.01
+    fine = mean[:, 0] < -0.01
+    assert (said["plain"][1] == 0.0).all()
+    assert (said["plain"][0][bad] == Trust.TRUST).mean() > 0.9
+    assert (said["looks"][0][bad] != Trust.TRUST).all()
+    assert (said["looks"][0][fine] == Trust.TRUST).mean() > 0.9
+    assert said["looks"][1][bad].min() > 0.05 > np.median(said["looks"][1][fine])
