@@ -230,6 +230,7 @@ def judge_of(answer: Answer) -> Judge:
             "agreement": 100 * float(agreed[single].mean()),
             "adjoint": 100 * float(adjoint[single].mean()),
             "both": 100 * float(both[single].mean()),
+            "error": float(np.median(slope[single])),
             "failed": failing.size,
             "failing": failing[:NAMED].tolist(),
         }
