@@ -145,7 +145,7 @@ def population_sample(
     few draws carry most of the weight. Resampled, and with the curvature of J at each of them, they
     lead the next draws along a ridge. The minima stay among the centres, and the prior among the
     proposals, so that weights stay bounded whatever the first draws missed. Cappe, Guillin, Marin
-    and Robert (2004), *Population Monte Carlo*, J. Comput. Graph. Stat. 13, section 2.
+    and Robert (2004), *Population Monte Carlo*, J. Comput. Graph. Stat. 13.
 
     Args:
         energy: J.
