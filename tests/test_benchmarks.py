@@ -87,6 +87,8 @@ if os.environ.get("AMORTLIB_ALL"):
         ("ladder", "multi-start 4DVar"),
         ("expressiveness", "spline flow"),
         ("refinement", "both gates"),
+        ("one_pass", "taught by"),
+        ("search_gates", "caught"),
     ]
 
 
