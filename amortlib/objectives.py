@@ -199,8 +199,11 @@ class ModeMatch(eqx.Module):
             def mode(y: Array) -> Array:
                 return model.mode(eqx.tree_at(lambda e: e.y, event, y))
 
+            def miss(x: Array) -> Array:
+                return Gaussian(lesson.mode, lesson.chol).mahalanobis(x) / x.size
+
             if self.slope == 0:
-                return _square_miss(lesson, mode(event.y))
+                return miss(mode(event.y))
             x, move = jax.linearize(mode, event.y)
             size = jnp.sum(jnp.where(event.mask, lesson.jacobian, 0.0) ** 2)
 
@@ -212,12 +215,7 @@ class ModeMatch(eqx.Module):
 
             off = jnp.mean(jax.vmap(along)(jax.random.split(key, self.probes)))
             # Where nothing is seen neither mode may move, and no direction is left.
-            return _square_miss(lesson, x) + self.slope * off / jnp.where(size > 0, size, 1.0)
+            return miss(x) + self.slope * off / jnp.where(size > 0, size, 1.0)
 
         keys = jax.random.split(key, events.y.shape[0])
         return jnp.mean(jax.vmap(one)(lessons, events, keys))
-
-
-def _square_miss(lesson: Lesson, x: Float[Array, " d"]) -> Float[Array, ""]:
-    white = jax.scipy.linalg.solve_triangular(lesson.chol, x - lesson.mode, lower=True)
-    return jnp.mean(white**2)

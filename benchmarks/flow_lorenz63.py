@@ -104,8 +104,8 @@ def pool_of(model: AmortizedPosterior, problem: InverseProblem, n: int, key: Key
 
 
 def from_pool(pool: Any, n: int) -> Callable[[Key], Any]:
-    """Minibatches of `n` of what `pool_of` returned."""
-    size = pool[0].shape[0]
+    """Minibatches of `n` of what has one row an event, such as `pool_of` returns."""
+    size = jax.tree.leaves(pool)[0].shape[0]
 
     def batches(key: Key) -> Any:
         rows = jax.random.randint(key, (n,), 0, size)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from amortlib.problems import InverseProblem
 from amortlib.training import fit
 from amortlib.types import Array, Event, Fixed, Key
 from benchmarks import refinement
-from benchmarks.flow_lorenz63 import energy_of, optimizer
+from benchmarks.flow_lorenz63 import energy_of, from_pool, optimizer
 from benchmarks.report import Bar, finish, parser, table
 
 SEEDS = {"weights": 0, "lessons": 61, "training": 62, "report": refinement.SEEDS["report"]}
@@ -134,17 +134,6 @@ def teach(problem: InverseProblem, n: int) -> tuple[tuple[Lesson, Event], float]
     return kept, time.process_time() - start
 
 
-def from_lessons(taught: tuple[Lesson, Event]) -> Callable[[Key], tuple[Lesson, Event]]:
-    """Minibatches of lessons."""
-    n = taught[0].mode.shape[0]
-
-    def batches(key: Key) -> tuple[Lesson, Event]:
-        rows = jax.random.randint(key, (BATCH,), 0, n)
-        return jax.tree.map(lambda a: a[rows], taught)
-
-    return batches
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Teach, judge, compare."""
     options = parser(__doc__.splitlines()[0])
@@ -155,11 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     events, analysis = refinement.solved("report", 0.0, n, args.keep)
     taught, spent = teach(problem, 1024 if args.quick else LESSONS)
     print(f"{taught[0].mode.shape[0]} lessons in {spent:.0f} s of processor time", flush=True)
-    fresh = lambda key: problem.batch(key, BATCH)  # noqa: E731
-    lessons = from_lessons(taught)
+    lessons = from_pool(taught, BATCH)
     sobolev = ModeMatch(1.0, PROBES)
     ways: dict[str, tuple[Any, Any, tuple[int, ...], float]] = {
-        "simulation": (nll, fresh, STEPS, 0.0),
+        "simulation": (nll, lambda key: problem.batch(key, BATCH), STEPS, 0.0),
         "modes": (ModeMatch(0.0), lessons, STEPS, spent),
         "modes and Jacobians": (sobolev, lessons, LONGEST, spent),
         "modes and Jacobians, one look at J": (sobolev, lessons, LOOKING, spent),

@@ -46,8 +46,9 @@ def ask(guard: Guard, events: Event, key: Key) -> np.ndarray:
 
     @eqx.filter_jit
     def run(guard: Guard, events: Event, keys: Key) -> Any:
-        one = lambda part: guard(part[0], key=part[1]).trust  # noqa: E731
-        return jax.lax.map(one, (events, keys), batch_size=64)
+        return jax.lax.map(
+            lambda part: guard(part[0], key=part[1]).trust, (events, keys), batch_size=64
+        )
 
     return np.asarray(run(guard, events, jax.random.split(key, events.y.shape[0])))
 
