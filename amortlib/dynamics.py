@@ -1,5 +1,6 @@
 """Dynamics M: Ornstein-Uhlenbeck, Lorenz-63 and Lorenz-96, integrated by diffrax."""
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
@@ -7,12 +8,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from amortlib.gaussian import Gaussian, GaussMarkov
 from amortlib.types import Array, Key
 
-__all__ = ["Lorenz63", "Lorenz96", "OrnsteinUhlenbeck", "climatology", "trajectory"]
+__all__ = [
+    "Lorenz63",
+    "Lorenz96",
+    "OrnsteinUhlenbeck",
+    "climatology",
+    "explicit_step",
+    "explicit_tableau",
+    "trajectory",
+]
 
 
 class OrnsteinUhlenbeck(eqx.Module):
@@ -169,6 +179,53 @@ def trajectory(
         max_steps=max_steps,
     )
     return solution.ys
+
+
+def explicit_tableau(solver: dfx.AbstractSolver) -> dfx.ButcherTableau | None:
+    """The tableau of an explicit Runge-Kutta method of diffrax; `None` of any other solver.
+
+    With [`explicit_step`][] in a plain loop its fixed steps are a program that is smaller by far
+    than `diffrax.diffeqsolve`, whose derivatives are of both kinds, and whose numbers are the same.
+    """
+    tableau = getattr(solver, "tableau", None)
+    explicit = isinstance(solver, dfx.AbstractERK) and isinstance(tableau, dfx.ButcherTableau)
+    return tableau if explicit else None
+
+
+def explicit_step(
+    tableau: dfx.ButcherTableau,
+    field: Callable[[Array, Any, None], Any],
+    t: Float[Array, ""],
+    h: Float[Array, ""],
+    y: Any,
+) -> Any:
+    """The state at `t + h` after one step from `y` at `t`, any tree of arrays.
+
+    Args:
+        tableau: of the method, see [`explicit_tableau`][].
+        field: dy/dt of t, y and `None`, as diffrax calls it.
+        t: time.
+        h: step, negative to go backwards.
+        y: state.
+    """
+    b, c = tableau.b_sol, (0.0, *tableau.c)
+    rows = [np.zeros(0), *tableau.a_lower]
+    # Stages behind the last that counts only tell the error, or begin the next step.
+    stages = 1 + np.flatnonzero(b)[-1]
+    slopes: list[Any] = []
+
+    def after(weights: np.ndarray) -> Any:
+        used = [(float(w), k) for w, k in zip(weights, slopes, strict=False) if w]
+        if not used:
+            return y
+        ws, ks = zip(*used, strict=True)
+        return jax.tree.map(
+            lambda y, *k: y + h * sum(w * k for w, k in zip(ws, k, strict=True)), y, *ks
+        )
+
+    for i in range(stages):
+        slopes.append(field(t + float(c[i]) * h, after(rows[i]), None))
+    return after(b)
 
 
 def climatology(

@@ -31,7 +31,7 @@ from amortlib.observation import GaussianNoise, NoGaps
 from amortlib.posterior import AmortizedPosterior, regression_posterior, score_posterior
 from amortlib.problems import InverseProblem, ornstein_uhlenbeck
 from amortlib.training import fit
-from amortlib.types import Event
+from amortlib.types import Event, to_double
 
 KEY = jax.random.key(0)
 WEIGHT = np.array([0.3, 0.7])
@@ -282,6 +282,25 @@ def test_hutchinson_s_estimate_is_unbiased_and_steadier_with_more_probes() -> No
     assert abs(ratio - 0.25) < 0.08
     with pytest.raises(ValueError, match="at least one probe, got 0"):
         density.log_prob_estimate(x, key=KEY, probes=0)
+
+
+@pytest.mark.parametrize("solver", [dfx.Heun(), dfx.Tsit5()], ids=["Heun", "Tsit5"])
+def test_the_plain_loop_takes_the_steps_of_diffrax(x64, solver) -> None:
+    """To the end alone it is taken; where diffrax is asked to save, it is not."""
+    density, z = to_double(exact()), jnp.asarray([0.7, -1.2])
+    how = FlowODE(7, solver=solver)
+
+    @eqx.filter_jit
+    def both(density):
+        plain, saved = (
+            density.carry(how, z, jnp.asarray(0), key=KEY, saveat=saveat)
+            for saveat in (None, dfx.SaveAt(t1=True))
+        )
+        return plain.u, plain.steps, saved.u[-1], saved.steps
+
+    end, steps, want, made = both(density)
+    np.testing.assert_allclose(end, want, rtol=1e-12)
+    assert steps == made == 7
 
 
 # --- moments and mode ------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Float
 
+from amortlib.dynamics import explicit_step, explicit_tableau
 from amortlib.gaussian import Gaussian, GaussMarkov
 from amortlib.types import Array
 
@@ -87,9 +88,8 @@ class Window(eqx.Module):
         # given times would double the cost of the adjoint.
         steps = (states - 1) * self.substeps
         times = self.dt / self.substeps * jnp.arange(steps + 1)
-        tableau = getattr(self.solver, "tableau", None)
-        explicit = isinstance(self.solver, dfx.AbstractERK)
-        if self.adjoint is None and explicit and isinstance(tableau, dfx.ButcherTableau):
+        tableau = explicit_tableau(self.solver)
+        if self.adjoint is None and tableau is not None:
             return self._loop(tableau, x, times)[:: self.substeps]
         solution = dfx.diffeqsolve(
             dfx.ODETerm(self.dynamics.vector_field),
@@ -107,22 +107,9 @@ class Window(eqx.Module):
 
     def _loop(self, tableau: dfx.ButcherTableau, x: Float[Array, " k"], times: Array) -> Array:
         """`x` and the states after an explicit Runge-Kutta step from each time to the next."""
-        b, c = tableau.b_sol, (0.0, *tableau.c)
-        rows = [np.zeros(0), *tableau.a_lower]
-        # Stages behind the last that counts only tell the error, or begin the next step.
-        stages = 1 + np.flatnonzero(b)[-1]
 
         def step(x: Array, span: tuple[Array, Array]) -> tuple[Array, Array]:
-            t, h = span[0], span[1] - span[0]
-            slopes: list[Array] = []
-
-            def after(weights: np.ndarray) -> Array:
-                parts = [float(w) * k for w, k in zip(weights, slopes, strict=False) if w]
-                return x + h * sum(parts) if parts else x
-
-            for i in range(stages):
-                slopes.append(self.dynamics.vector_field(t + float(c[i]) * h, after(rows[i]), None))
-            x = after(b)
+            x = explicit_step(tableau, self.dynamics.vector_field, span[0], span[1] - span[0], x)
             return x, x
 
         _, later = jax.lax.scan(step, x, (times[:-1], times[1:]))
