@@ -5,6 +5,7 @@ ends: it evaluates the forward model and its derivative for every event. Only wi
 probes is an answer a single forward pass of a network.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -120,6 +121,46 @@ def probe_directions(d: int) -> Float[np.ndarray, "p d"]:
     return np.stack(out)
 
 
+_PROFILE = np.array([1.0, 2.5, 6.0])
+"""How far out along an axis J is looked at, in standard deviations of Laplace's approximation."""
+
+_STRETCH = (0.8, 4.0)
+"""Bounds on how wide an axis may be found, in the same units. A line that leaves a curved ridge
+says that the ridge is narrow, and what is around it need not be."""
+
+
+def profile_sd(rise: Float[Array, "2 p"]) -> Float[Array, ""]:
+    """Standard deviation of exp(-J) along a line through a minimum, in units of Laplace's.
+
+    Between the points at which J is known its deviation from the parabola is interpolated.
+
+    Args:
+        rise: J less J at the minimum, at minus and plus `_PROFILE` standard deviations.
+    """
+    at = np.concatenate([[0.0], _PROFILE])
+    t = np.linspace(0.0, _PROFILE[-1], 61)
+    flat = jnp.zeros((2, 1), rise.dtype)
+    # Square roots are nearly linear, as those of a parabola are.
+    root = jnp.concatenate([flat, jnp.sqrt(jnp.maximum(rise, 1e-6))], axis=1)
+    density = jnp.exp(-(jax.vmap(lambda r: jnp.interp(t, at, r))(root) ** 2))
+    mass = jnp.sum(density)
+    mean = jnp.sum(density * np.stack([-t, t])) / mass
+    sd = jnp.sqrt(jnp.maximum(jnp.sum(density * t**2) / mass - mean**2, 1e-6))
+    return jnp.clip(sd, *_STRETCH)
+
+
+def _widths(
+    above: Callable[[Array], Array], v: Float[Array, " d"], inner: Float[Array, "d d"]
+) -> Float[Array, " d"]:
+    """[`profile_sd`][] along every column of `inner`."""
+    far = np.stack([-_PROFILE, _PROFILE])
+
+    def along(axis: Array) -> Array:
+        return profile_sd(jax.vmap(jax.vmap(lambda t: above(v + t * axis)))(far))
+
+    return jax.vmap(along, in_axes=1)(inner)
+
+
 def whitened_covariance(energy: Energy, covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """That of the control variable, B^{-1/2} C B^{-T/2}, of a covariance C of the state."""
     loc, white = energy.prior.loc[:, None], jax.vmap(energy.prior.whiten, in_axes=1)
@@ -144,6 +185,18 @@ class RefinedContext(eqx.Module):
     features: Float[Array, "s f"]
     log_weight: Float[Array, " s"]
 
+    def roughness(self) -> Float[Array, " s"]:
+        """How far J is from a parabola around each point: zero where it is one.
+
+        Root mean square over the [`probe_directions`][] of the inverse hyperbolic sine of the
+        difference, in nats: of a large one its logarithm.
+        """
+        d = self.loc.shape[1]
+        probes = 4 * d + 2 * d * (d - 1)
+        # They stand before the misfit and the three numbers that compare the points.
+        rises = self.features[:, -probes - 4 : -4]
+        return jnp.sqrt(jnp.mean(rises**2, axis=1))
+
 
 class RefinedEncoder(AbstractEncoder):
     """A head's guess, k steps on J from it, and J around where they end, in its own units.
@@ -156,12 +209,17 @@ class RefinedEncoder(AbstractEncoder):
     the [`probe_directions`][] differs from the parabola. Nothing in them depends on the units of
     the state or of the observations.
 
+    Far from a parabola the widths of Laplace's approximation say little: with a `profile` each of
+    its axes is given the width that exp(-J) has along it, and what is said of the surroundings is
+    said in these units.
+
     Attributes:
         guess: a posterior whose answer is Gaussian, held fixed.
         energy: J, held fixed.
         steps: k.
         starts: s, an odd number.
         derivative: see [`refine`][].
+        profile: whether widths are those of exp(-J) along each axis, or Laplace's.
     """
 
     guess: Fixed
@@ -171,6 +229,7 @@ class RefinedEncoder(AbstractEncoder):
     steps: int = eqx.field(static=True)
     starts: int = eqx.field(static=True)
     derivative: Derivative = eqx.field(static=True)
+    profile: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -180,6 +239,7 @@ class RefinedEncoder(AbstractEncoder):
         steps: int,
         starts: int = 1,
         derivative: Derivative = "implicit",
+        profile: bool = False,
     ):
         """Set the parts.
 
@@ -194,6 +254,7 @@ class RefinedEncoder(AbstractEncoder):
         self.guess, self.energy = Fixed(guess), Fixed(energy)
         self.obs_shape, self.uses_sd = guess.encoder.obs_shape, guess.encoder.uses_sd
         self.steps, self.starts, self.derivative = steps, starts, derivative
+        self.profile = profile
 
     def first(self, event: Event) -> tuple[Float[Array, "s d"], Float[Array, "d d"]]:
         """Control variables to start from, and the Cholesky factor of the guess's covariance."""
@@ -220,17 +281,23 @@ class RefinedEncoder(AbstractEncoder):
             return r, r
 
         jacobian, r = jax.jacfwd(residual, has_aux=True)(v)
+        cost = 0.5 * jnp.sum(r**2)
+
+        def above(v: Array) -> Array:
+            rise = 0.5 * jnp.sum(energy.residual(v, event) ** 2) - cost
+            return jnp.where(jnp.isfinite(rise), jnp.minimum(rise, _LARGEST_RISE), _LARGEST_RISE)
+
         if inner is None:
             inner = Gaussian.from_precision(jnp.zeros_like(v), jacobian.T @ jacobian).chol
+            if self.profile:
+                inner = inner * _widths(above, v, inner)
         root = jax.vmap(prior.colour, in_axes=1, out_axes=1)(inner) - prior.loc[:, None]
         chol = jnp.linalg.cholesky(root @ root.T)
-        cost, slope = 0.5 * jnp.sum(r**2), inner.T @ (jacobian.T @ r)
+        slope = inner.T @ (jacobian.T @ r)
         probes = jnp.asarray(probe_directions(d), v.dtype)
 
         def rise(u: Array) -> Array:
-            there = 0.5 * jnp.sum(energy.residual(v + inner @ u, event) ** 2)
-            extra = there - cost - 0.5 * jnp.sum(u**2)
-            return jnp.where(jnp.isfinite(extra), jnp.minimum(extra, _LARGEST_RISE), _LARGEST_RISE)
+            return above(v + inner @ u) - 0.5 * jnp.sum(u**2)
 
         below = inner[jnp.tril_indices(d, -1)]
         features = jnp.concatenate(
@@ -364,6 +431,7 @@ def refined_posterior(
     kind: str = "laplace",
     starts: int = 1,
     derivative: Derivative = "implicit",
+    profile: bool = False,
     key: Key | None = None,
     **sizes: Any,
 ) -> AmortizedPosterior:
@@ -376,13 +444,16 @@ def refined_posterior(
         kind: `"laplace"`, with nothing to train; `"flow"`, to be trained.
         starts: points to refine from, odd.
         derivative: of the refined point, `"implicit"` or `"unrolled"`.
+        profile: whether the widths there are those of exp(-J), see [`RefinedEncoder`][].
         key: initialises the weights of the flow.
         sizes: passed on to [`RefinedFlowHead`][].
 
     Raises:
         ValueError: on another kind, or a flow without a key.
     """
-    encoder = RefinedEncoder(guess, energy, steps=steps, starts=starts, derivative=derivative)
+    encoder = RefinedEncoder(
+        guess, energy, steps=steps, starts=starts, derivative=derivative, profile=profile
+    )
     if kind == "laplace":
         return AmortizedPosterior(encoder, RefinedLaplaceHead())
     if kind != "flow":

@@ -15,7 +15,13 @@ from amortlib.heads import CholeskyHead
 from amortlib.laplace import laplace, mode_jacobian
 from amortlib.modes import stationary_point
 from amortlib.posterior import AmortizedPosterior
-from amortlib.refine import probe_directions, refine, refined_posterior
+from amortlib.refine import (
+    RefinedEncoder,
+    probe_directions,
+    profile_sd,
+    refine,
+    refined_posterior,
+)
 from amortlib.training import trainable
 from amortlib.types import Event, to_double
 
@@ -222,3 +228,82 @@ def test_what_does_not_fit_is_refused(flow):
         with pytest.raises(ValueError, match=f"odd number of starts up to 5, got {starts}"):
             refined_posterior(guess(), energy, steps=1, starts=starts)
     assert eqx.is_array(flow.head.net.layers[0].weight)
+
+
+# --- widths along the axes -------------------------------------------------------------------
+
+FAR = np.array([1.0, 2.5, 6.0])
+LINE = np.linspace(-6.0, 6.0, 20_001)
+
+
+def width_of(rise) -> tuple[float, float]:
+    """What `profile_sd` says of a J along a line, and its integral in numpy."""
+    said = profile_sd(jnp.asarray(np.stack([rise(-FAR), rise(FAR)]), jnp.float32))
+    density = np.exp(-rise(LINE))
+    mean = np.average(LINE, weights=density)
+    return float(said), float(np.sqrt(np.average((LINE - mean) ** 2, weights=density)))
+
+
+@pytest.mark.parametrize("width", [1.0, 1.5, 2.0, 3.0, 20.0])
+def test_the_width_along_a_line_is_that_of_the_density(width):
+    """Parabolas, cut off where J is no longer looked at: to 4%."""
+    said, want = width_of(lambda t: 0.5 * (t / width) ** 2)
+    np.testing.assert_allclose(said, want, rtol=0.04)
+
+
+def test_the_width_of_a_skewed_and_of_a_flat_density():
+    """Known at six points and the minimum alone: to 15%."""
+    for rise in (
+        lambda t: 0.5 * np.where(t < 0, t, t / 3.0) ** 2,
+        lambda t: 0.5 * t**2 / (1.0 + 0.2 * t**2),
+        lambda t: 0.002 * t**4 + 0.05 * t**2,
+    ):
+        said, want = width_of(rise)
+        assert want > 1.1
+        np.testing.assert_allclose(said, want, rtol=0.15)
+
+
+def test_a_narrow_line_is_bounded_and_an_overflow_is_a_wall():
+    assert profile_sd(jnp.asarray(0.5 * np.stack([FAR, FAR]) ** 2 * 1e4)) == np.float32(0.8)
+    assert np.isfinite(profile_sd(jnp.full((2, 3), 1e4)))
+    one_sided = profile_sd(jnp.asarray(np.stack([0.5 * FAR**2, np.full(3, 1e4)]), jnp.float32))
+    assert 0.8 <= one_sided < 1.0
+
+
+def test_with_a_profile_axes_are_as_wide_as_the_posterior_along_them():
+    """J along each axis of Laplace's approximation, integrated in numpy: within 15%. Where J is a
+    parabola the widths are Laplace's, to 3%, and J is no rougher than rounding."""
+
+    def flat(x):
+        return jnp.stack([x[0] ** 3, 0.3 * x[1] ** 3])
+
+    energy = Energy(Gaussian(jnp.zeros(2), 4.0 * jnp.eye(2)), flat)
+    event = Event(jnp.array([0.2, 0.1]), jnp.ones(2, bool), jnp.full(2, 2.0))
+
+    def seen(forward_energy, event, *, profile):
+        encoder = FlatEncoder(event.y.shape, key=KEY, features=6, width=8, depth=1)
+        head = CholeskyHead(6, 2, key=KEY, centre=jnp.zeros(2), scale=jnp.ones(2))
+        start = AmortizedPosterior(encoder, head)
+        made = RefinedEncoder(start, forward_energy, steps=6, profile=profile)
+        context = eqx.filter_jit(made)(event)
+        return context, np.asarray(jax.jit(lambda c: c.roughness())(context))
+
+    plain, rough = seen(energy, event, profile=False)
+    wide, _ = seen(energy, event, profile=True)
+    ratio = np.linalg.solve(np.asarray(plain.chol[0]), np.asarray(wide.chol[0]))
+    run = jax.jit(jax.vmap(lambda x: energy(x, event)))
+    for i in range(2):
+        points = plain.loc[0] + jnp.asarray(LINE[:, None], jnp.float32) * plain.chol[0][:, i]
+        rise = np.asarray(run(points))
+        density = np.exp(-(rise - rise.min()))
+        mean = np.average(LINE, weights=density)
+        want = np.sqrt(np.average((LINE - mean) ** 2, weights=density))
+        np.testing.assert_allclose(ratio[i, i], np.clip(want, 0.8, 4.0), rtol=0.15)
+    assert np.abs(np.diagonal(ratio) - 1.0).max() > 0.1
+    assert rough[0] > 0.1
+
+    line = energy_of(straight)
+    plain, rough = seen(line, event_of(), profile=False)
+    wide, _ = seen(line, event_of(), profile=True)
+    np.testing.assert_allclose(wide.chol[0], plain.chol[0], rtol=0.03, atol=1e-6)
+    assert rough[0] < 1e-3
