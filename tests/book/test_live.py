@@ -586,7 +586,7 @@ def test_costs_beyond_the_sliders_are_refused(bad: dict, words: str) -> None:
 
 
 LONG = """<div id="here"></div><script>%s
-const counts = { pieces: 0, drawn: [], shown: [] };
+const counts = { pieces: 0, drawn: [], shown: [], cleared: [] };
 const model = new live.StaticModel({ title: "long", at: 0 });
 const stage = new m_stage.Stage(document.querySelector("#here"), model);
 const slider = stage.slider({ name: "at", label: "at", min: 0, max: 100 });
@@ -601,12 +601,12 @@ stage.begin(function* () {
   for (let i = 0; i < 4; i++) {
     busy(10); // longer than a move may take, on any machine
     counts.pieces++;
-    if (at === 13 && i === 2) throw new Error("no 13");
+    if (at === 99 && i === 2) throw new Error("no 99");
     yield;
   }
   counts.drawn.push(at);
   stage.later(function* () { for (let i = 0; i < 4; i++) { busy(10); counts.pieces++; yield; } },
-              (done) => counts.shown.push([at, done]));
+              (done) => counts.shown.push([at, done]), () => counts.cleared.push(at));
   return `the picture of ${at}`;
 });
 const move = (at) => { slider.value = at; slider.dispatchEvent(new Event("input")); };
@@ -657,9 +657,9 @@ def test_pictures_are_drawn_however_fast_the_moves_come(long: Any) -> None:
 
 
 def test_an_error_in_a_later_piece_is_said(long: Any) -> None:
-    assert long.evaluate("() => { move(13); return said()[0]; }") == "13", "not in the move itself"
+    assert long.evaluate("() => { move(99); return said()[0]; }") == "99", "not in the move itself"
     long.wait_for_selector(".live-error")
-    assert "cannot go on: no 13" in long.inner_text(".live-error")
+    assert "cannot go on: no 99" in long.inner_text(".live-error")
     assert long.get_attribute(".live", "aria-busy") is None
     pieces = long.evaluate("counts.pieces")
     long.evaluate("frames(10)")
@@ -676,7 +676,7 @@ def test_a_widget_that_is_taken_down_leaves_nothing_running(long: Any, when: str
 
 
 def test_on_a_slow_machine_what_comes_later_is_shown_once(long: Any) -> None:
-    """At the end, and not for a picture that another one follows."""
+    """At the end, not for a picture that another follows; what an earlier one left is cleared."""
     long.evaluate(
         "async () => { for (const at of [1, 2, 3, 4, 5, 6]) { move(at); await frames(20); } }"
     )
@@ -686,6 +686,7 @@ def test_on_a_slow_machine_what_comes_later_is_shown_once(long: Any) -> None:
     long.wait_for_function("counts.shown.length")
     long.evaluate("frames(20)")
     assert long.evaluate("counts.shown") == [[9, True]]
+    assert long.evaluate("counts.cleared").count(9) == 1
 
 
 @pytest.mark.parametrize("name", ["faults", "gap", "landscape"])

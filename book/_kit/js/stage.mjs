@@ -281,10 +281,12 @@ export class Stage {
    * frame, and is dropped at the next picture. It begins when the move has been drawn, so that no move
    * waits for it. `shown` draws what there is: after each slice, or at the end alone where the
    * reader wants no motion. So it is on a slow machine, where a frame of many marks takes longer than a
-   * slice; and there it begins only when the hand rests.
+   * slice; and there it begins only when the hand rests. `clear` then takes away what an earlier
+   * picture has left.
    */
-  later(work, shown) {
+  later(work, shown, clear) {
     const { job, slow } = this;
+    const atEnd = this.calm || slow;
     const pieces = work();
     const slice = () => {
       if (job !== this.job) return;
@@ -292,12 +294,13 @@ export class Stage {
         const until = performance.now() + SLICE;
         let done = false;
         while (!done && performance.now() < until) ({ done } = pieces.next());
-        if (done || !(this.calm || slow)) shown(done);
+        if (done || !atEnd) shown(done);
         if (!done) afterPaint(slice);
       } catch (error) {
         this.fail(error);
       }
     };
+    if (atEnd) clear?.();
     if (slow) setTimeout(slice, PAUSE);
     else afterPaint(slice);
   }
@@ -330,7 +333,7 @@ export class Stage {
     const shown = this.picture?.begun === false ? this.picture : this; // or by the next one
     const account = (shown.account ??= { start: performance.now(), draw: 0, paint: 0, frames: 0, done: false });
     this.counted(account, act);
-    if (!this.picture) this.account = null; // nothing has changed, or it is drawn
+    if (!this.again) this.account = null; // no other picture is to come
   }
 
   /** Do something, and put its time on the account, and that of the frame that shows it. */

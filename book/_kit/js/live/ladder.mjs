@@ -241,6 +241,7 @@ export function ladder(stage) {
             `the adjoint gate; the ranks of J are ${chi < CRITICAL ? "as flat as chance makes them" : "not flat"}.`,
         );
       },
+      draw,
     );
     return said;
   };

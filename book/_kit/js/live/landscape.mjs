@@ -127,15 +127,16 @@ export function landscape(stage) {
     const steps = Array.from({ length: 161 }, (_, k) => from + ((to - from) * k) / 160);
     const rise = many ? two[1].cost - two[0].cost : 0;
     const top = many ? Math.max(8, 1.4 * rise) : 8;
-    line.range({ x: { from, to, label: many ? "from the lowest to the second minimum" : "sd, weakest direction" }, y: { from: -0.05 * top, to: top } });
     const heights = steps.map((s) => energy.cost(two[0].v.map((x, k) => x + s * across[k])) - two[0].cost);
     yield;
+    line.range({ x: { from, to, label: many ? "from the lowest to the second minimum" : "sd, weakest direction" }, y: { from: -0.05 * top, to: top } });
     line.line("J", steps, heights.map((x) => Math.min(x, 10 * top)), { color: roles.exact });
     line.dots("low", [0], [0], { color: roles.amortized, radius: 5 });
     line.dots("next", [1], [many ? rise : NaN], { color: roles.obs, radius: 5 });
 
     const draws = sampler(energy, bowls, noise);
     const uniform = uniforms(6);
+    const drawn = (xs, ys) => plane.dots("draws", xs, ys, { color: roles.exact, radius: 1.4, opacity: 0.6 });
     const missing = seen.filter((here) => !here).length;
     stage.later(
       function* () {
@@ -143,12 +144,13 @@ export function landscape(stage) {
       },
       (done) => {
         const cloud = draws.resample(DOTS).map((v) => energy.state(v));
-        plane.dots("draws", cloud.map((x) => x[i]), cloud.map((x) => x[j]), { color: roles.exact, radius: 1.4, opacity: 0.6 });
+        drawn(cloud.map((x) => x[i]), cloud.map((x) => x[j]));
         if (!done) return;
         const { draws: all, weights } = draws.weighted();
         const inside = all.reduce((sum, { x }, k) => sum + (squaredIn(two[0], x) <= CHI2_95 ? weights[k] : 0), 0);
         stage.say(landscapeWords({ times, missing, bowls, inside }));
       },
+      () => drawn([], []),
     );
     return landscapeWords({ times, missing, bowls });
   };
