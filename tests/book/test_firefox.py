@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
+DRAWN = """(async () => {
+  while (document.querySelector('.live[aria-busy]')) await new Promise(requestAnimationFrame);
+})()"""
+"""Until the pictures that have been begun are there."""
+
 SETTLED = """(async () => {
   await document.fonts.ready;
   if (window.MathJax && window.MathJax.startup) await window.MathJax.startup.promise;
@@ -144,8 +149,10 @@ def test_the_gap_moves_by_keys_in_firefox(html: Path, firefox: Firefox) -> None:
     firefox.ask(f"{slider}.focus()")
     firefox.press("\ue010")  # End
     assert firefox.ask(f"{slider}.value === {slider}.max")
+    firefox.ask(DRAWN)
     assert firefox.ask(words) != before
     firefox.press("\ue011", "\ue014", "\ue014")  # Home, and twice to the right
     assert firefox.ask(f"{slider}.value") == "2"
+    firefox.ask(DRAWN)
     assert "2 of 32 times are missing" in firefox.ask(words)
     assert firefox.complaints() == []

@@ -180,6 +180,7 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
     page.evaluate(MOVE, ["Gap explorer", "length", 23])
     page.evaluate(MOVE, ["Faults and what shows them", "bias", 0.5])
     page.evaluate(MOVE, ["When amortizing pays", "share", 0.25])
+    page.wait_for_function("!document.querySelector('.live[aria-busy]')")
     assert "22 of 32 times are missing" in words.nth(0).inner_text()
     page.wait_for_timeout(1000)  # the kernel hears of it
     run(cells[3])
@@ -188,10 +189,12 @@ def test_a_page_opens_as_a_notebook_and_widgets_and_kernel_follow_each_other(
         ".some((output) => output.textContent.includes('kernel: 23 10 0.5 0.25'))",
         timeout=30_000,
     )
+    page.wait_for_function("!document.querySelector('.live[aria-busy]')")
     assert re.search("“even”: .* and the gate closes", words.nth(1).inner_text())
     # And back: what the kernel sets moves the slider.
     width = ".live:has([data-name=width]) [data-name=width]"
     page.wait_for_function(f"document.querySelector('{width}').value === '0.5'", timeout=30_000)
+    page.wait_for_function("!document.querySelector('.live[aria-busy]')")
     assert re.search("95% of the truths, [4-7]", words.nth(1).inner_text())
     assert errors == []
     page.context.close()

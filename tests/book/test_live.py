@@ -70,10 +70,17 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A wi
 <meta name="viewport" content="width=device-width"><link rel="stylesheet" href="live.css">
 <script defer src="live.js"></script></head><body><main><h1>A widget</h1>{}</main></body></html>"""
 
+DRAWN = """async () => {
+  while (document.querySelector('.live[aria-busy]')) await new Promise(requestAnimationFrame);
+}"""
+"""Until a picture that has been begun is there: on a slow machine it takes some frames."""
+
 READY = """() => document.querySelector('.live-words')?.textContent
   || document.querySelector('[role=alert]')"""
 
-EVERYWHERE = """async () => {
+EVERYWHERE = f"""async () => {{
+  const drawn = {DRAWN};"""
+EVERYWHERE += """
   // Both ends of every slider, every choice, and a hundred random positions of them all.
   let seed = 1;
   const random = () => (seed = (seed * 48271) % 2147483647) / 2147483647;
@@ -96,17 +103,27 @@ EVERYWHERE = """async () => {
     if (!said || /NaN|undefined/.test(said)) wrong.push(`${said} at ${inputs.map((i) => i.value)}`);
     words.add(said);
   };
-  for (const input of inputs) for (const share of [0, 1]) { put(input, share); look(); }
-  for (let i = 0; i < 100; i++) { for (const input of inputs) put(input, random()); look(); }
+  for (const input of inputs) for (const share of [0, 1]) {
+    put(input, share);
+    await drawn();
+    look();
+  }
+  for (let i = 0; i < 100; i++) {
+    for (const input of inputs) put(input, random());
+    await drawn();
+    look();
+  }
   await new Promise(requestAnimationFrame);
   return {wrong, words: words.size, controls: inputs.length,
           alerts: [...document.querySelectorAll('[role=alert]')].map((alert) => alert.textContent)};
 }"""
 
 
-PUT = """(values) => { for (const [name, value] of Object.entries(values)) {
+PUT = """async (values) => { for (const [name, value] of Object.entries(values)) {
   const input = document.querySelector(`[data-name=${name}]`);
-  input.value = value; input.dispatchEvent(new Event('input')); } }"""
+  input.value = value; input.dispatchEvent(new Event('input')); }
+  await (%s)(); }"""
+PUT %= DRAWN
 
 
 class Shelf:
@@ -563,6 +580,134 @@ def test_the_lines_cross_where_the_formula_says(tab: Any, shelf: Shelf) -> None:
 def test_costs_beyond_the_sliders_are_refused(bad: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         break_even(**({"solver": 1e-3, "head": 1e-6, "training": 10.0} | bad))
+
+
+# --- pictures that take long ---
+
+
+LONG = """<div id="here"></div><script>%s
+const counts = { pieces: 0, drawn: [], shown: [], cleared: [] };
+const model = new live.StaticModel({ title: "long", at: 0 });
+const stage = new m_stage.Stage(document.querySelector("#here"), model);
+const slider = stage.slider({ name: "at", label: "at", min: 0, max: 100 });
+const axis = { label: "", from: 0, to: 100 };
+const plot = stage.plot({ label: "long", x: axis, y: axis });
+stage.handle(plot, { label: "at", min: () => 0, max: () => 100, get: () => stage.get("at"),
+                     put: (at) => stage.set({ at }), place() {} });
+const busy = (ms) => { const until = performance.now() + ms; while (performance.now() < until); };
+stage.watch("at");
+stage.begin(function* () {
+  const at = stage.get("at");
+  for (let i = 0; i < 4; i++) {
+    busy(10); // longer than a move may take, on any machine
+    counts.pieces++;
+    if (at === 99 && i === 2) throw new Error("no 99");
+    yield;
+  }
+  counts.drawn.push(at);
+  stage.later(function* () { for (let i = 0; i < 4; i++) { busy(10); counts.pieces++; yield; } },
+              (done) => counts.shown.push([at, done]), () => counts.cleared.push(at));
+  return `the picture of ${at}`;
+});
+const move = (at) => { slider.value = at; slider.dispatchEvent(new Event("input")); };
+const said = () => ["output", ".live-words"].map((one) => document.querySelector(one).textContent);
+const now = () => [...said(),
+  document.querySelector(".live-handle").getAttribute("aria-valuenow"),
+  document.querySelector(".live").getAttribute("aria-busy")];
+const frames = async (n) => { while (n--) await new Promise(requestAnimationFrame); };
+</script>"""
+"""A widget whose picture takes longer than a frame, and what may be asked of it."""
+
+
+@pytest.fixture
+def long(tab: Any, shelf: Shelf) -> Any:
+    return opened(tab, shelf.put("long", LONG % bundle()))
+
+
+def test_a_move_is_shown_before_its_picture_and_none_is_lost(long: Any) -> None:
+    """Two moves, the second while the picture of the first is being drawn: control and handle show
+    them at once, and the last picture is that of the last."""
+    first, second = long.evaluate("""async () => {
+      const before = counts.pieces;
+      move(1);
+      const first = now();
+      while (counts.pieces === before) await frames(1);
+      move(2);
+      return [first, now()];
+    }""")
+    assert first == ["1", "the picture of 0", "1", "true"]
+    assert second == ["2", "the picture of 0", "2", "true"]
+    long.evaluate(DRAWN)
+    assert long.evaluate("now()") == ["2", "the picture of 2", "2", None]
+    assert long.evaluate("counts.drawn") == [0, 1, 2], "what has been begun is finished"
+    assert long.complaints == []
+
+
+def test_pictures_are_drawn_however_fast_the_moves_come(long: Any) -> None:
+    moves = "async () => { for (let i = 1; i <= 60; i++) { move(i); await frames(1); } }"
+    long.evaluate(moves)
+    between = long.evaluate("counts.drawn")
+    long.evaluate(DRAWN)
+    drawn = long.evaluate("counts.drawn")
+    assert len(between) > 2, "some on the way"
+    assert len(drawn) < 60, "and not all"
+    assert drawn == sorted(drawn)
+    assert drawn[-1] == 60
+    assert long.evaluate("said()") == ["60", "the picture of 60"]
+
+
+def test_an_error_in_a_later_piece_is_said(long: Any) -> None:
+    assert long.evaluate("() => { move(99); return said()[0]; }") == "99", "not in the move itself"
+    long.wait_for_selector(".live-error")
+    assert "cannot go on: no 99" in long.inner_text(".live-error")
+    assert long.get_attribute(".live", "aria-busy") is None
+    pieces = long.evaluate("counts.pieces")
+    long.evaluate("frames(10)")
+    assert long.evaluate("counts.pieces") == pieces
+
+
+@pytest.mark.parametrize("when", ["move(1)", "move(1); await frames(1)", "move(1); move(2)"])
+def test_a_widget_that_is_taken_down_leaves_nothing_running(long: Any, when: str) -> None:
+    pieces = long.evaluate(f"async () => {{ {when}; stage.end(); return counts.pieces; }}")
+    long.evaluate("frames(20)")
+    assert long.evaluate("counts.pieces") == pieces
+    assert long.evaluate("counts.drawn") == [0]
+    assert long.complaints == []
+
+
+def test_on_a_slow_machine_what_comes_later_is_shown_once(long: Any) -> None:
+    """At the end, not for a picture that another follows; what an earlier one left is cleared."""
+    long.evaluate(
+        "async () => { for (const at of [1, 2, 3, 4, 5, 6]) { move(at); await frames(20); } }"
+    )
+    assert long.evaluate("stage.slow")
+    long.evaluate("counts.shown.length = 0")
+    long.evaluate("async () => { move(7); move(8); await frames(1); move(9); }")
+    long.wait_for_function("counts.shown.length")
+    long.evaluate("frames(20)")
+    assert long.evaluate("counts.shown") == [[9, True]]
+    assert long.evaluate("counts.cleared").count(9) == 1
+
+
+@pytest.mark.parametrize("name", ["faults", "gap", "landscape"])
+def test_a_slow_machine_shows_what_a_fast_one_shows(tab: Any, shelf: Shelf, name: str) -> None:
+    """Keys one after the other with the processor slowed down: the same picture in the end."""
+    last = "holds" if name == "landscape" else ""
+    settled = "(last) => document.querySelector('.live-words').textContent.includes(last)"
+    seen = []
+    for rate in (1, 8):
+        opened(tab, shelf.address(name))
+        tab.context.new_cdp_session(tab).send("Emulation.setCPUThrottlingRate", {"rate": rate})
+        slider = tab.query_selector(".live input[type=range]")
+        slider.focus()
+        for _ in range(3):
+            tab.keyboard.press("ArrowRight")
+        tab.evaluate(DRAWN)
+        tab.wait_for_function(settled, arg=last)
+        marks = "[...document.querySelectorAll('.live-plot')].map((plot) => plot.innerHTML)"
+        seen.append([slider.input_value(), tab.inner_text(".live-words"), *tab.evaluate(marks)])
+    assert seen[0] == seen[1]
+    assert tab.complaints == []
 
 
 # --- what cannot be shown is said ---

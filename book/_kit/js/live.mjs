@@ -1,8 +1,8 @@
 /**
  * Live widgets, in two homes: JupyterLab, through anywidget, and a static page, through `startAll`.
  *
- * A widget is a function of a `Stage`: it puts up its controls and panels, and returns `draw`, which
- * draws what the model says now and returns the picture in a sentence. The model holds all state, as
+ * A widget is a function of a `Stage`: it puts up its controls and panels, and returns `draw`, a
+ * generator that draws what the model says now, piece by piece, and returns the picture in a sentence. The model holds all state, as
  * anywidget's does: `get`, `set`, `save_changes`, `on`. Setting a value draws at once, whoever sets it.
  */
 

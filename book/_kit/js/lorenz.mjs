@@ -96,6 +96,14 @@ export function lorenzWindow({ parameters, dt, states, substeps, sees }) {
   };
 }
 
+/** What a generator returns, all pieces of its work at once. */
+function finished(pieces) {
+  for (;;) {
+    const { done, value } = pieces.next();
+    if (done) return value;
+  }
+}
+
 const root = (a) => cholesky(a, D);
 const finite = (a) => a.every(Number.isFinite);
 
@@ -212,7 +220,12 @@ export class WindowEnergy {
   }
 
   /** Where searches from `starts` end, distinct and lowest first: `{ v, cost }`. */
-  minima(starts, { steps = 40, still = 1e-5, reach = 1e-2 } = {}) {
+  minima(starts, settings) {
+    return finished(this.search(starts, settings));
+  }
+
+  /** The same in pieces, a start at a time. */
+  *search(starts, { steps = 40, still = 1e-5, reach = 1e-2 } = {}) {
     const ends = [];
     // A search that has come to the floor of a bowl found before would end there too.
     const known = ({ v, cost }) => ends.some((end) => cost < end.cost + 1e-4 && distance(end.v, v) < 0.1 * reach);
@@ -220,6 +233,7 @@ export class WindowEnergy {
       const looks = this.refine(start, steps, still, known);
       const end = looks[looks.length - 1];
       if (!known(end) && Number.isFinite(end.cost) && size(end.slope) < 1e-2) ends.push(end);
+      yield;
     }
     ends.sort((a, b) => a.cost - b.cost);
     const kept = [];

@@ -4,24 +4,40 @@ import { Plot, svg, write } from "./plot.mjs";
 
 let count = 0;
 
+/** Milliseconds of a frame that a move may take before the rest of its picture is left to the next frame. */
+const FRAME = 8;
+
 /** Milliseconds of work in a frame for what is drawn little by little. */
 const SLICE = 4;
+
+/** A machine that takes longer than this for a picture, or for a frame of it, is slow: in milliseconds. */
+const SLOW = 6;
+
+/** Milliseconds without a move before a slow machine begins what is too long for a move. */
+const PAUSE = 150;
 
 /** Milliseconds of rest before a screen reader is told what the picture shows now. */
 const REST = 500;
 
+/** A message to oneself comes when the browser has drawn. A channel is kept: a new one takes as long as a line. */
+let channel = null;
+const waiting = [];
+
 /** Run `act` when the browser has drawn its next frame, which began at `frame`. */
 function afterPaint(act) {
+  if (!channel) {
+    channel = new MessageChannel();
+    channel.port1.onmessage = () => waiting.shift()();
+  }
   requestAnimationFrame(() => {
     const frame = performance.now();
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => {
-      port1.close();
-      act(frame);
-    };
-    port2.postMessage(null);
+    waiting.push(() => act(frame));
+    channel.port2.postMessage(null);
   });
 }
+
+/** A mean over the last times, one more among them; a single long one makes no slow machine. */
+const lately = (mean, time) => mean + 0.2 * (Math.min(time, 2 * SLOW) - mean);
 
 /** An HTML element with its attributes and content. */
 export function html(name, attributes = {}, ...content) {
@@ -38,7 +54,12 @@ export class Stage {
     this.id = `live-${count++}`;
     this.plots = [];
     this.listening = [];
+    this.places = []; // what puts handles in place
     this.job = 0; // a number for each picture: what is left to do for another is dropped
+    this.picture = null; // the one that is being drawn
+    this.again = false; // something has changed since it was begun
+    this.usual = 0; // milliseconds that a picture takes, a mean over the last ones
+    this.frame = 0; // milliseconds that the browser takes for a frame of it, likewise
     this.calm = globalThis.matchMedia?.("(prefers-reduced-motion: reduce)").matches ?? false;
     this.root = html("div", { class: "live", role: "group", "aria-label": model.get("title") ?? "widget" });
     this.controls = html("div", { class: "live-controls" });
@@ -117,7 +138,7 @@ export class Stage {
    * A handle on a plot, dragged along x by mouse or finger and moved by the arrow keys.
    *
    * `get`, `put`: the whole number that it stands for, from `min()` to `max()`; `place(made)`: where
-   * it is now; `said`: the number in words. Returns what puts it in place.
+   * it is now; `said`: the number in words.
    */
   handle(plot, { label, min, max, get, put, place, attributes = {}, said = String }) {
     const made = svg("rect", { class: "live-handle", tabindex: 0, role: "slider", "aria-label": label, ...attributes }, plot.handles);
@@ -140,11 +161,11 @@ export class Stage {
       event.preventDefault();
       this.timed(() => put(clipped(get() + moves[event.key])));
     });
-    return () => {
+    this.places.push(() => {
       place(made);
       const now = { valuemin: min(), valuemax: max(), valuenow: get(), valuetext: said(get()) };
       for (const [key, value] of Object.entries(now)) write(made, `aria-${key}`, value);
-    };
+    });
   }
 
   /** Call when a value changes, and once now. */
@@ -160,7 +181,11 @@ export class Stage {
     this.watched = names;
   }
 
-  /** Draw from now on. */
+  /**
+   * Draw from now on. `draw` is a generator function that reads the model, draws what it says, and
+   * returns the picture in a sentence. It yields wherever a frame may be shown in between: a couple of
+   * milliseconds of work at most should lie from one `yield` to the next.
+   */
   begin(draw) {
     this.draw = draw;
     const now = () => this.held || this.redraw();
@@ -170,7 +195,7 @@ export class Stage {
       this.listening.push([event, now]);
     }
     this.fit();
-    this.redraw();
+    this.redraw(Infinity);
     this.observer = new ResizeObserver(() => this.fit() && this.redraw());
     this.observer.observe(this.root);
   }
@@ -188,35 +213,96 @@ export class Stage {
     return this.plots.map((plot) => plot.resize(widthOf(plot))).some(Boolean);
   }
 
-  redraw() {
-    if (!this.draw || !this.plots.every((plot) => plot.width)) return;
-    this.job++;
-    try {
-      this.say(this.draw());
-    } catch (error) {
-      this.fail(error);
-    }
+  /** Whether this machine takes long for these pictures. */
+  get slow() {
+    return Math.max(this.usual, this.frame) > SLOW;
   }
 
   /**
-   * Work that is too long for a move: `work(until)` goes on until that time and returns whether it is
-   * done, a few milliseconds a frame, and is dropped at the next redraw. It begins when the move has
-   * been drawn, so that no move waits for it. `shown` draws what there is: after each slice, or at
-   * the end alone where the reader wants no motion.
+   * A picture of what the model says now. Handles are put in place at once, and all of it is drawn at
+   * once where that is quick. Where it is not, the move is shown first, and the picture is drawn over the
+   * next frames, so that a key or a finger never waits for more than a piece of it. A picture that
+   * has been begun is finished first, for the eye to follow however fast the moves come: those that come
+   * in the meantime are shown by one more.
    */
-  later(work, shown) {
-    const { job } = this;
+  redraw(budget = this.slow ? 0 : FRAME) {
+    if (!this.draw || !this.plots.every((plot) => plot.width)) return;
+    try {
+      for (const place of this.places) place();
+    } catch (error) {
+      return this.fail(error);
+    }
+    if (this.picture) this.again ||= this.picture.begun;
+    else {
+      this.open();
+      this.proceed(budget);
+    }
+  }
+
+  open() {
+    this.job++;
+    this.again = false;
+    this.picture = { pieces: this.draw(), begun: false, cost: 0, account: this.account };
+    this.account = null;
+  }
+
+  /** Draw pieces of the picture for a time, and the others after the next frame. */
+  proceed(budget) {
+    const { picture } = this;
+    const start = performance.now();
+    let now = start;
+    try {
+      while (this.picture === picture && now < start + budget) {
+        picture.begun = true;
+        const { done, value } = picture.pieces.next();
+        now = performance.now();
+        if (done) this.finish(value, picture.cost + now - start);
+      }
+    } catch (error) {
+      return this.fail(error);
+    }
+    picture.cost += now - start;
+    if (!this.picture) return;
+    this.root.setAttribute("aria-busy", true);
+    afterPaint(() => this.picture && this.counted(this.picture.account, () => this.proceed(SLICE)));
+  }
+
+  finish(sentence, cost) {
+    this.usual = lately(this.usual, cost);
+    if (this.picture.account) this.picture.account.done = true;
+    this.picture = null;
+    this.root.removeAttribute("aria-busy");
+    this.say(sentence);
+    if (this.again) this.open();
+  }
+
+  /**
+   * Work that is too long for a move, a generator like `draw`: it goes on for a few milliseconds a
+   * frame, and is dropped at the next picture. It begins when the move has been drawn, so that no move
+   * waits for it. `shown` draws what there is: after each slice, or at the end alone where the
+   * reader wants no motion. So it is on a slow machine, where a frame of many marks takes longer than a
+   * slice; and there it begins only when the hand rests. `clear` then takes away what an earlier
+   * picture has left.
+   */
+  later(work, shown, clear) {
+    const { job, slow } = this;
+    const atEnd = this.calm || slow;
+    const pieces = work();
     const slice = () => {
       if (job !== this.job) return;
       try {
-        const done = work(performance.now() + SLICE);
-        if (done || !this.calm) shown(done);
+        const until = performance.now() + SLICE;
+        let done = false;
+        while (!done && performance.now() < until) ({ done } = pieces.next());
+        if (done || !atEnd) shown(done);
         if (!done) afterPaint(slice);
       } catch (error) {
         this.fail(error);
       }
     };
-    afterPaint(slice);
+    if (atEnd) clear?.();
+    if (slow) setTimeout(slice, PAUSE);
+    else afterPaint(slice);
   }
 
   /** Words under the picture; a screen reader hears them when the hand rests. */
@@ -229,30 +315,49 @@ export class Stage {
   /** A message to people in place of the widget. */
   fail(error) {
     console.warn(error);
-    this.draw = null;
+    this.draw = this.picture = null;
+    this.job++;
+    this.root.removeAttribute("aria-busy");
     this.root.replaceChildren(html("p", { class: "live-error", role: "alert" }, `This widget cannot go on: ${error.message}`));
   }
 
   /**
-   * Note how long an answer took, when asked to: `live-draw`, the numbers and the marks, and
-   * `live-paint`, that and the browser's work on the frame that shows them. The wait for the screen's
-   * next refresh in between is not counted: `detail.refresh` has it.
+   * Note how long answers took, when asked to: `live-draw`, the numbers and the marks, and
+   * `live-paint`, that and the browser's work on the frames that show them. All of the work on a
+   * picture is counted, from the move to the last of its pieces, and each frame that it took; and so
+   * are moves that came in the meantime, to the picture that shows them. Not counted is the wait for the
+   * screen's next refresh, nor work for `later`. `detail.whole`: the time from the move to the whole
+   * picture, waits and all.
    */
   timed(act) {
-    if (!globalThis.liveMeasure) return act();
+    const shown = this.picture?.begun === false ? this.picture : this; // or by the next one
+    const account = (shown.account ??= { start: performance.now(), draw: 0, paint: 0, frames: 0, done: false });
+    this.counted(account, act);
+    if (!this.again) this.account = null; // no other picture is to come
+  }
+
+  /** Do something, and put its time on the account, and that of the frame that shows it. */
+  counted(account, act) {
+    if (!account) return act();
     const start = performance.now();
-    let drawn = start;
+    account.frames++;
     // Asked for first, so that work put off until after the frame does not count.
     afterPaint((frame) => {
-      const painted = performance.now() - frame;
-      performance.measure("live-draw", { start, end: drawn });
-      performance.measure("live-paint", { start, end: drawn + painted, detail: { refresh: frame - drawn } });
+      const now = performance.now();
+      this.frame = lately(this.frame, now - frame);
+      account.paint += now - frame;
+      account.frames--;
+      if (!account.done || account.frames || !globalThis.liveMeasure) return;
+      const { start, draw, paint } = account;
+      performance.measure("live-draw", { start, duration: draw });
+      performance.measure("live-paint", { start, duration: draw + paint, detail: { whole: now - start } });
     });
     act();
-    drawn = performance.now();
+    account.draw += performance.now() - start;
   }
 
   end() {
+    this.draw = this.picture = null;
     this.job++;
     clearTimeout(this.resting);
     this.observer?.disconnect();

@@ -57,7 +57,7 @@ export function breakEven(stage) {
   const kernel = kernelLegend(stage, legend, [roles.truth, "dash"]);
   const grid = Array.from({ length: 71 }, (_, i) => 10 ** (i / 10));
   stage.watch("events", "solver", "head", "training", "share", "overlay");
-  return () => {
+  return function* () {
     const [training, solver] = [ten("training"), ten("solver")];
     // With the events that go to the solver after all.
     const head = ten("head") + stage.get("share") * solver;
@@ -69,6 +69,7 @@ export function breakEven(stage) {
     plot.line("head", grid, grid.map(byHead), { color: roles.amortized });
     plot.line("now", [n, n], [plot.y.from, plot.y.to], { color: roles.prior, width: 1.4, dash: "5 3" });
     plot.dots("even", [even], [even < 1e7 ? bySolver(even) : NaN], { color: roles.obs, radius: 5 });
+    yield;
     const own = kernel();
     const theirs = own.label ? answerOf(own, { training, solver, head }) : null;
     plot.line("kernel", theirs ? grid : [], grid.map((n) => own.training + n * own.seconds), { color: roles.truth, dash: "2 4", width: 2.5 });

@@ -19,8 +19,8 @@ const LEVELS = Array.from({ length: 21 }, (_, i) => i / 20);
 /** J of a pair of numbers, from the exact mean. */
 const energy = (a, b) => (0.5 * (a * a - 2 * CORRELATION * a * b + b * b)) / (1 - CORRELATION ** 2);
 
-/** Rank histograms of a component and of J, and coverage; the mirror of `fault_picture`. */
-export function faultPicture({ bias, width, correlation }) {
+/** Rank histograms of a component and of J, and coverage, in pieces; the mirror of `fault_picture`. */
+export function* faultPicture({ bias, width, correlation }) {
   const [component, ofEnergy] = [new Array(BINS).fill(0), new Array(BINS).fill(0)];
   const covered = new Array(LEVELS.length).fill(0);
   const other = Math.sqrt(1 - correlation ** 2);
@@ -40,6 +40,7 @@ export function faultPicture({ bias, width, correlation }) {
     // The smallest central interval of the draws that holds the truth.
     const needed = Math.abs((2 * rank + 1) / (DRAWS + 1) - 1);
     LEVELS.forEach((level, l) => (covered[l] += needed <= level ? 1 : 0));
+    if (i % 250 === 249) yield;
   }
   return { component, energy: ofEnergy, coverage: covered.map((n) => n / EVENTS) };
 }
@@ -115,13 +116,13 @@ export function faults(stage) {
   const outline = edges.flatMap((edge, i) => (i === 0 || i === BINS ? [edge] : [edge, edge]));
   const [low, high] = band(EVENTS, BINS);
   stage.watch("bias", "width", "correlation", "overlay");
-  return () => {
-    const found = faultPicture({ bias: stage.get("bias"), width: stage.get("width"), correlation: stage.get("correlation") });
+  return function* () {
+    const found = yield* faultPicture({ bias: stage.get("bias"), width: stage.get("width"), correlation: stage.get("correlation") });
     const { counts: theirs = [], coverage: covered = [], said = "" } = kernel();
     const most = 1.05 * Math.max(...found.component, ...found.energy, ...theirs.flat());
     // A few heights: an axis that follows every move is hard to read, and slow to draw.
     const top = [250, 400, 600].find((height) => most <= height) ?? 1.05 * EVENTS;
-    [found.component, found.energy].forEach((counts, i) => {
+    for (const [i, counts] of [found.component, found.energy].entries()) {
       const panel = panels[i];
       panel.range({ y: { to: top } });
       panel.band("exact", [0, 1], [low, low], [high, high], { color: roles.gap, opacity: 1 });
@@ -129,7 +130,8 @@ export function faults(stage) {
       panel.line("even", [0, 1], [EVENTS / BINS, EVENTS / BINS], { color: roles.exact, width: 1.2, dash: "5 3" });
       const other = theirs[i] ?? [];
       panel.line("kernel", other.length ? outline : [], other.flatMap((n) => [n, n]), { color: roles.truth });
-    });
+      yield;
+    }
     const half = LEVELS.map((level) => 2.576 * Math.sqrt((level * (1 - level)) / EVENTS));
     coverage.band("exact", LEVELS, LEVELS.map((l, i) => l - half[i]), LEVELS.map((l, i) => l + half[i]), { color: roles.gap, opacity: 1 });
     coverage.line("ideal", LEVELS, LEVELS, { color: roles.exact, width: 1.2, dash: "5 3" });

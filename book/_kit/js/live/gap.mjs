@@ -8,7 +8,7 @@ import { kernelLegend } from "./kernel.mjs";
 
 const Z = 1.96;
 
-/** The numbers behind the picture: `load` once, `answer` for every position. */
+/** The numbers behind the picture: loaded once, and `answer` for every position, in pieces. */
 export function gapNumbers(heads, paths) {
   const { tensors } = readWeights(paths);
   const prior = priorOf(tensors, "['prior']");
@@ -17,13 +17,15 @@ export function gapNumbers(heads, paths) {
   const row = (name, i) => tensors[`['${name}']`].data.subarray(i * n, (i + 1) * n);
   return {
     n,
-    answer({ head, start, length, noise, event }) {
+    *answer({ head, start, length, noise, event }) {
       const truth = row("truth", event);
       const y = row("errors", event).map((error, t) => truth[t] + noise * error);
       const mask = gap(n, start, length);
       const seen = { y, mask, sd: new Float64Array(n).fill(noise) };
       const exact = exactPosterior(prior, seen);
+      yield;
       const q = loaded[head](seen);
+      yield;
       return { truth, y, mask, exact: moments(exact), head: moments(q), kl: Math.max(kl(exact, q), 0) };
     },
   };
@@ -69,16 +71,17 @@ export function gapExplorer(stage) {
     ["amortized, 95%", roles.amortized, "line"],
   ];
   const kernel = kernelLegend(stage, legend, [roles.prior, "line"]);
-  const place = gapHandles(stage, plot, n);
+  gapHandles(stage, plot, n);
 
   stage.watch("start", "length", "noise", "event", "head", "overlay");
-  return () => {
-    const found = numbers.answer({ ...placeOf(stage), noise: stage.get("noise"), head: stage.get("head") });
+  return function* () {
+    const found = yield* numbers.answer({ ...placeOf(stage), noise: stage.get("noise"), head: stage.get("head") });
     const side = ({ mean, sd }, z) => mean.map((m, i) => m + z * sd[i]);
     const { truth, y, mask, exact, head } = found;
-    place();
+    yield;
     plot.band("head", t, side(head, -Z), side(head, Z), { color: roles.amortized });
     plot.line("head mean", t, head.mean, { color: roles.amortized });
+    yield;
     plot.line("exact", t, exact.mean, { color: roles.exact, dash: "5 3" });
     plot.line("exact low", t, side(exact, -Z), { color: roles.exact, dash: "5 3", width: 1 });
     plot.line("exact high", t, side(exact, Z), { color: roles.exact, dash: "5 3", width: 1 });

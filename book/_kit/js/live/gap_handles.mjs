@@ -16,7 +16,7 @@ export function placeControls(stage, n) {
 /** Where those stand. */
 export const placeOf = (stage) => Object.fromEntries(["start", "length", "event"].map((name) => [name, stage.get(name)]));
 
-/** Handles on a plot whose x counts times from 0; returns what puts shade and handles in place. */
+/** The shade of the gap and its handles, on a plot whose x counts times from 0. */
 export function gapHandles(stage, plot, n) {
   // The gap as the picture shows it, cut at the end of the record.
   const start = () => stage.get("start");
@@ -29,41 +29,35 @@ export function gapHandles(stage, plot, n) {
   };
   const around = (where) => (made) => write(made, "x", plot.px(where() - 0.5) - 14);
   const edge = { y: plot.top, height: plot.plotHeight, width: 28 };
-  const places = [
-    stage.handle(plot, {
-      label: "the gap",
-      min: () => 0,
-      max: () => n - 1,
-      get: start,
-      put: (value) => stage.set({ start: value }),
-      place: across(start, end),
-      attributes: { ...body, "data-handle": "body", class: "live-handle live-body" },
-      said: (value) => `starts at ${value}`,
-    }),
-    stage.handle(plot, {
-      label: "left edge of the gap",
-      min: () => 0,
-      max: () => Math.min(end(), n - 1),
-      get: start,
-      put: (value) => stage.set({ start: value, length: end() - value }),
-      place: around(start),
-      attributes: { ...edge, "data-handle": "left" },
-      said: (value) => `starts at ${value}`,
-    }),
-    stage.handle(plot, {
-      label: "right edge of the gap",
-      min: start,
-      max: () => n,
-      get: end,
-      put: (value) => stage.set({ length: value - start() }),
-      place: around(end),
-      attributes: { ...edge, "data-handle": "right" },
-      said: (value) => `ends before ${value}`,
-    }),
-  ];
-
-  return () => {
-    plot.shade("gap", start() - 0.5, end() - 0.5, stage.get("roles").gap);
-    places.forEach((place) => place());
-  };
+  stage.places.push(() => plot.shade("gap", start() - 0.5, end() - 0.5, stage.get("roles").gap));
+  stage.handle(plot, {
+    label: "the gap",
+    min: () => 0,
+    max: () => n - 1,
+    get: start,
+    put: (value) => stage.set({ start: value }),
+    place: across(start, end),
+    attributes: { ...body, "data-handle": "body", class: "live-handle live-body" },
+    said: (value) => `starts at ${value}`,
+  });
+  stage.handle(plot, {
+    label: "left edge of the gap",
+    min: () => 0,
+    max: () => Math.min(end(), n - 1),
+    get: start,
+    put: (value) => stage.set({ start: value, length: end() - value }),
+    place: around(start),
+    attributes: { ...edge, "data-handle": "left" },
+    said: (value) => `starts at ${value}`,
+  });
+  stage.handle(plot, {
+    label: "right edge of the gap",
+    min: start,
+    max: () => n,
+    get: end,
+    put: (value) => stage.set({ length: value - start() }),
+    place: around(end),
+    attributes: { ...edge, "data-handle": "right" },
+    said: (value) => `ends before ${value}`,
+  });
 }

@@ -83,23 +83,23 @@ export function holes(stage) {
     ["Laplace, best Gaussian", roles.prior, "dot"],
     ["flow, score", roles.amortized, "dot"],
   ]);
-  const place = gapHandles(stage, path, times);
+  gapHandles(stage, path, times);
   const t = Array.from({ length: times }, (_, k) => k);
   const { unit } = stage.get("window").sees;
   const noises = Object.fromEntries(NAMES.map((name, i) => [name, normals(20 + i, 3 * (name === "posterior" ? REFERENCE : DRAWS))]));
 
   stage.watch("start", "length", "event", "shown", "overlay");
-  return () => {
+  return function* () {
     const at = placeOf(stage);
     const shown = stage.get("shown");
     const energy = numbers.energy(at);
-    const bowls = numbers.survey(energy);
+    const bowls = yield* numbers.survey(energy);
     const { y, mask } = energy.event;
     const uniform = uniforms(7);
     const answers = answersOf({ energy, bowls, flow, score, event: { y, mask } }, noises.posterior, uniform);
     const draws = Object.fromEntries(NAMES.map((name) => [name, []]));
 
-    place();
+    yield;
     kernel();
     const truth = numbers.truth(at.event);
     const seen = t.map((k) => mask[k * window.width]);
@@ -108,6 +108,8 @@ export function holes(stage) {
     const dots = t.flatMap((k) => (seen[k] ? (k === 0 ? [[k, size[k]]] : [[k, size[k]], [k, -size[k]]]) : []));
     path.dots("obs", dots.map(([k]) => k), dots.map(([, x]) => x), { color: roles.obs, radius: 4 });
     for (const name of NAMES) clouds[name].dots("truth", [truth[0]], [truth[2]], { color: roles.truth, radius: 4 });
+
+    yield;
 
     const show = () => {
       for (const name of NAMES) {
@@ -123,24 +125,18 @@ export function holes(stage) {
     const share = (name) => Math.round((100 * draws[name].filter((x) => x[0] > 0).length) / draws[name].length);
     const last = () => ` Draws with x above zero: ${NAMES.map((name) => `${name} ${share(name)}%`).join(", ")}.`;
 
-    let made = 0;
-    let gaussian = null;
     const z = (name, i) => noises[name].subarray(3 * i, 3 * i + 3);
     stage.later(
-      (until) => {
-        do {
-          if (!gaussian) {
-            if (answers.reference.more(50, uniform) < REFERENCE) continue;
-            const { draws: all, weights } = answers.reference.weighted();
-            gaussian = bestGaussian(all.map(({ x }) => energy.state(x)), weights);
-            draws.posterior = shuffled(answers.reference.resample(DRAWS)).map((v) => energy.state(v));
-            continue;
-          }
-          for (const name of ["Laplace", "flow", "score"]) draws[name].push(answers[name](z(name, made)));
-          draws["best Gaussian"].push(gaussian(z("best Gaussian", made)));
-          made++;
-        } while (made < DRAWS && performance.now() < until);
-        return made >= DRAWS;
+      function* () {
+        while (answers.reference.more(50, uniform) < REFERENCE) yield;
+        const { draws: all, weights } = answers.reference.weighted();
+        const gaussian = bestGaussian(all.map(({ x }) => energy.state(x)), weights);
+        draws.posterior = shuffled(answers.reference.resample(DRAWS)).map((v) => energy.state(v));
+        for (let i = 0; i < DRAWS; i++) {
+          yield;
+          for (const name of ["Laplace", "flow", "score"]) draws[name].push(answers[name](z(name, i)));
+          draws["best Gaussian"].push(gaussian(z("best Gaussian", i)));
+        }
       },
       (done) => {
         show();

@@ -77,9 +77,9 @@ export function ladderNumbers(settings, bytes, head) {
 
   return {
     ...numbers,
-    /** The lowest minimum of an event, with its curvature and Jacobian. */
-    oracle(energy) {
-      const [lowest] = energy.minima(numbers.starts);
+    /** The lowest minimum of an event, with its curvature and Jacobian, in pieces. */
+    *oracle(energy) {
+      const [lowest] = yield* energy.search(numbers.starts);
       const curvature = energy.bowlAt(lowest.v);
       const root = energy.rootOf(curvature);
       return {
@@ -159,7 +159,7 @@ export function ladder(stage) {
     ["oracle", roles.exact, "dash"],
     ["observations", roles.obs, "dot"],
   ]);
-  const place = gapHandles(stage, path, times);
+  gapHandles(stage, path, times);
   const t = Array.from({ length: times }, (_, k) => k);
   const first = (clean) => t.map((k) => clean[k * window.width]);
   const noise = normals(9, D * DRAWS * events);
@@ -169,23 +169,26 @@ export function ladder(stage) {
   let kept = { key: "", oracles: [] };
 
   stage.watch("steps", "start", "length", "event", "derivative", "overlay");
-  return () => {
+  return function* () {
     const [k, derivative] = [stage.get("steps"), stage.get("derivative")];
     const { event, ...gap } = placeOf(stage);
     const key = `${gap.start}/${gap.length}`;
     if (key !== kept.key) kept = { key, oracles: new Array(events) };
     const { oracles } = kept;
     const energyOf = (event) => numbers.energy({ ...gap, event });
-    const oracleOf = (event, energy) => (oracles[event] ??= numbers.oracle(energy));
+    const oracleOf = function* (event, energy) {
+      return (oracles[event] ??= yield* numbers.oracle(energy));
+    };
 
     const energy = energyOf(event);
-    const oracle = oracleOf(event, energy);
+    const oracle = yield* oracleOf(event, energy);
+    yield;
     const looks = numbers.steps(energy, k);
     const states = looks.map(({ v }) => energy.state(v));
     const end = states[states.length - 1];
     const { y, mask } = energy.event;
 
-    place();
+    yield;
     kernel();
     path.line("oracle", t, first(window.path(oracle.x)), { color: roles.exact, width: 3.5, dash: "7 4" });
     path.line("guess", t, first(window.path(states[0])), { color: roles.prior, dash: "3 3" });
@@ -196,6 +199,7 @@ export function ladder(stage) {
     fall.line("way", counts, above, { color: roles.amortized });
     fall.dots("steps", counts, above, { color: roles.amortized, radius: 4 });
 
+    yield;
     const near = numbers.distance(end, oracle);
     const slope = numbers.adjoint(energy, k, looks[looks.length - 1].v, oracle, derivative);
     const said =
@@ -212,20 +216,21 @@ export function ladder(stage) {
       ranks.bars("counts", edges, tally.counts, { color: roles.amortized, opacity: 0.85, gap: 2 });
     };
     stage.later(
-      (until) => {
-        do {
-          const i = tally.done;
+      function* () {
+        for (let i = 0; i < events; i++) {
           const here = energyOf(i);
-          const best = oracleOf(i, here);
+          const best = yield* oracleOf(i, here);
           const way = numbers.steps(here, k);
           const { v } = way[way.length - 1];
           if (numbers.distance(here.state(v), best) <= 1) tally.near++;
+          yield;
           if (numbers.adjoint(here, k, v, best, derivative) < 0.05) tally.slope++;
+          yield;
           const rank = numbers.rank(here, k, v, numbers.truth(i), noise.subarray(i * D * DRAWS), uniform);
           tally.counts[Math.floor((rank * BINS) / (DRAWS + 1))]++;
           tally.done++;
-        } while (tally.done < events && performance.now() < until);
-        return tally.done >= events;
+          yield;
+        }
       },
       (done) => {
         draw();
@@ -236,6 +241,7 @@ export function ladder(stage) {
             `the adjoint gate; the ranks of J are ${chi < CRITICAL ? "as flat as chance makes them" : "not flat"}.`,
         );
       },
+      draw,
     );
     return said;
   };

@@ -87,7 +87,7 @@ export function landscape(stage) {
     ["second minimum", roles.obs, "line"],
     ["background, 95%", roles.prior, "dash"],
   ]);
-  const place = gapHandles(stage, path, times);
+  gapHandles(stage, path, times);
   const noise = normals(5, 3 * DRAWS);
   const t = Array.from({ length: times }, (_, k) => k);
   const seenFirst = (clean) => t.map((k) => clean[k * window.width]);
@@ -95,18 +95,19 @@ export function landscape(stage) {
   const colours = [roles.amortized, roles.obs];
 
   stage.watch("start", "length", "event", "overlay");
-  return () => {
+  return function* () {
     const at = placeOf(stage);
     const energy = numbers.energy(at);
-    const bowls = numbers.survey(energy);
+    const bowls = yield* numbers.survey(energy);
     const { mask, y } = energy.event;
     const seen = t.map((k) => mask[k * window.width]);
     const truth = numbers.truth(at.event);
 
-    place();
+    yield;
     kernel();
     path.line("truth", t, seenFirst(window.path(truth)), { color: roles.truth, width: 1.2 });
     path.dots("obs", t, t.map((k) => (seen[k] ? y[k * window.width] : NaN)), { color: roles.truth });
+    yield;
     const two = bowls.slice(0, 2);
     const states = two.map(({ v }) => energy.state(v));
     for (const k of [0, 1]) {
@@ -119,36 +120,37 @@ export function landscape(stage) {
     plane.line("background", ...back, { color: roles.prior, dash: "2 3" });
     plane.dots("truth", [truth[i]], [truth[j]], { color: roles.truth, radius: 4 });
 
+    yield;
     const many = two.length > 1;
     const across = many ? two[1].v.map((x, k) => x - two[0].v[k]) : weakest(two[0]);
     const [from, to] = many ? [-0.3, 1.3] : [-4, 4];
     const steps = Array.from({ length: 161 }, (_, k) => from + ((to - from) * k) / 160);
     const rise = many ? two[1].cost - two[0].cost : 0;
     const top = many ? Math.max(8, 1.4 * rise) : 8;
-    line.range({ x: { from, to, label: many ? "from the lowest to the second minimum" : "sd, weakest direction" }, y: { from: -0.05 * top, to: top } });
     const heights = steps.map((s) => energy.cost(two[0].v.map((x, k) => x + s * across[k])) - two[0].cost);
+    yield;
+    line.range({ x: { from, to, label: many ? "from the lowest to the second minimum" : "sd, weakest direction" }, y: { from: -0.05 * top, to: top } });
     line.line("J", steps, heights.map((x) => Math.min(x, 10 * top)), { color: roles.exact });
     line.dots("low", [0], [0], { color: roles.amortized, radius: 5 });
     line.dots("next", [1], [many ? rise : NaN], { color: roles.obs, radius: 5 });
 
     const draws = sampler(energy, bowls, noise);
     const uniform = uniforms(6);
+    const drawn = (xs, ys) => plane.dots("draws", xs, ys, { color: roles.exact, radius: 1.4, opacity: 0.6 });
     const missing = seen.filter((here) => !here).length;
     stage.later(
-      (until) => {
-        let n = 0;
-        do n = draws.more(50, uniform);
-        while (n < DRAWS && performance.now() < until);
-        return n >= DRAWS;
+      function* () {
+        while (draws.more(50, uniform) < DRAWS) yield;
       },
       (done) => {
         const cloud = draws.resample(DOTS).map((v) => energy.state(v));
-        plane.dots("draws", cloud.map((x) => x[i]), cloud.map((x) => x[j]), { color: roles.exact, radius: 1.4, opacity: 0.6 });
+        drawn(cloud.map((x) => x[i]), cloud.map((x) => x[j]));
         if (!done) return;
         const { draws: all, weights } = draws.weighted();
         const inside = all.reduce((sum, { x }, k) => sum + (squaredIn(two[0], x) <= CHI2_95 ? weights[k] : 0), 0);
         stage.say(landscapeWords({ times, missing, bowls, inside }));
       },
+      () => drawn([], []),
     );
     return landscapeWords({ times, missing, bowls });
   };

@@ -46,9 +46,9 @@ export function windowEvents(settings, bytes) {
       const sd = new Float64Array(times * width).fill(settings.noise);
       return new WindowEnergy(window, prior, { y: row("y", event, times * width), mask, sd });
     },
-    /** Minima within reach of the lowest, with their curvature. */
-    survey(energy) {
-      const found = energy.minima(starts);
+    /** Minima within reach of the lowest, with their curvature, in pieces. */
+    *survey(energy) {
+      const found = yield* energy.search(starts);
       return found.filter(({ cost }) => cost <= found[0].cost + RIVAL).map(({ v, cost }) => ({ cost, ...energy.bowlAt(v) }));
     },
   };
