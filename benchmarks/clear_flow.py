@@ -48,11 +48,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "flow": gappy.SIZES,
 }
 GUESS_STEPS = 3000
-EVENTS = 28 * 1024
-DRAWN, PROPOSED, CENTRES, KEPT, WORTH = 5, 160, 16, 16, 20.0
+EVENTS = 32 * 1024
+DRAWN, PROPOSED, CENTRES, KEPT, WORTH = 4, 192, 16, 16, 24.0
 """One event in so many, the hardest, has draws: how many are proposed in a round, around how many
 draws of the round before, how many are kept, and what they have to be worth, else none is."""
-FLOW_STEPS = 6000
+FLOW_STEPS = 7000
 
 
 class Pool(eqx.Module):
