@@ -2,7 +2,7 @@
 Gaussian-process formula, and the Kalman smoother.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import diffrax as dfx
@@ -114,11 +114,6 @@ def masks(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 MASKS = list(masks((N,)))
 
-STALLS = {"3DVar", "strong, Levenberg-Marquardt"}
-"""At tolerances this near to rounding Levenberg-Marquardt can stall at the minimum, and then says
-that it has not converged: where it does depends on the code generator. Its answer is held all the
-same."""
-
 
 def solvers(energy: Energy) -> dict[str, Any]:
     """Every solver, to the precision that double precision gives."""
@@ -164,11 +159,16 @@ def road_of_kalman(problem: str, seen: Event) -> tuple[jax.Array, jax.Array]:
     return smooth.mean[0], smooth.cov[0]
 
 
+# What XLA does unless it is asked otherwise, and the kit asks. At rounding Levenberg-Marquardt can
+# stall at the minimum without saying that it has converged; on which masks depends on the code.
+AS_PEOPLE_RUN_IT = {"xla_backend_optimization_level": 3}
+
+
 @cache
 def program(problem: str):
     """One compiled program for all solvers and both roads; the mask is an argument."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=AS_PEOPLE_RUN_IT)
     def run(seen: Event):
         energy = ENERGIES[problem]()
         own = {name: s(seen, throw=False) for name, s in solvers(energy).items()}
@@ -193,7 +193,7 @@ def test_every_solver_finds_the_one_answer(x64, problem, gaps):
     np.testing.assert_allclose(smooth_mean, mean, atol=1e-10)
     np.testing.assert_allclose(smooth_cov, own_parts, atol=1e-10)
     for name, (mode, covariance, converged, *_) in own.items():
-        assert converged or name in STALLS, name
+        assert converged, name
         np.testing.assert_allclose(mode, mean, atol=1e-8, err_msg=name)
         np.testing.assert_allclose(covariance, cov, atol=1e-8, err_msg=name)
     for one, other in zip(own["gain"][:2], own["information"][:2], strict=True):
@@ -216,7 +216,7 @@ def test_whatever_the_mask(problem, data):
     with jax.enable_x64(True):
         own, ((mean, cov), _), (_, prior_cov) = program(problem)(event(shape, mask))
         for name, (mode, covariance, converged, *_) in own.items():
-            assert converged or name in STALLS, name
+            assert converged, name
             np.testing.assert_allclose(mode, mean, atol=1e-8, err_msg=name)
             np.testing.assert_allclose(covariance, cov, atol=1e-8, err_msg=name)
         assert np.linalg.eigvalsh(prior_cov - cov).min() > -1e-10

@@ -164,25 +164,22 @@ WAYS = {
 
 @pytest.mark.slow
 def test_each_way_to_differentiate_the_model_has_one_answer(x64):
-    """Tangent-linear products alone, adjoint ones alone, and both.
-
-    At tolerances this near to rounding a search can stall at the minimum without saying that it has
-    converged; the gradient there tells.
-    """
+    """Tangent-linear products alone, adjoint ones alone, and both."""
     seen, short = pick(events(4), 1), {"states": 5, "substeps": 2}
     seen = jax.tree.map(lambda a: a[:3], seen)
     seen = Event(seen.y, jnp.ones_like(seen.mask), seen.sd)
     found = {}
     for name, (adjoint, derivative) in WAYS.items():
-        lm = optx.LevenbergMarquardt(**TIGHT)
+        # Tighter, and it can stall at rounding without saying that it has converged.
+        lm = optx.LevenbergMarquardt(1e-8, 1e-8)
         solver = StrongFourDVar(
             energy(adjoint=adjoint, **short), minimiser=lm, derivative=derivative
         )
-        found[name] = eqx.filter_jit(solver)(seen, throw=False)
+        found[name] = eqx.filter_jit(solver)(seen)
     solver = StrongFourDVar(
         energy(adjoint=dfx.ForwardMode(), **short), minimiser=optx.BFGS(**TIGHT), derivative="fwd"
     )
-    found["BFGS"] = eqx.filter_jit(solver)(seen, throw=False)
+    found["BFGS"] = eqx.filter_jit(solver)(seen)
     for name, a in found.items():
         np.testing.assert_allclose(a.mode, found["both"].mode, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(a.covariance, found["both"].covariance, rtol=1e-6, atol=1e-9)
