@@ -36,7 +36,6 @@ from amortlib.observation import NoGaps
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, lorenz63
 from amortlib.solvers import population_sample
-from amortlib.training import fit
 from amortlib.types import Array, Event, Key
 from benchmarks import flow_lorenz63 as gappy
 from benchmarks.report import Bar, arguments, finish, table
@@ -123,35 +122,28 @@ def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]
     problem = lorenz63(gaps=NoGaps())
     model = gappy.build(SIZES, {})
     guess_steps, flow_steps = (20, 20) if quick else (GUESS_STEPS, FLOW_STEPS)
-    seconds, start = {}, time.process_time()
-    guess = fit(
+    seconds = {}
+    guess, seconds["guess"] = gappy.fitted(
         model.encoder.guess.tree,  # ty: ignore[unresolved-attribute]
         nll,
         lambda key: problem.batch(key, gappy.GUESS_BATCH),
-        key=jax.random.key(SEEDS["guess"]),
+        seed=SEEDS["guess"],
         steps=guess_steps,
-        optimizer=gappy.optimizer(gappy.GUESS_RATE, guess_steps),
-        every=max(1, guess_steps // 10),
-        progress=False,
+        rate=gappy.GUESS_RATE,
     )
-    seconds["guess"] = time.process_time() - start
-    model = eqx.tree_at(lambda m: m.encoder.guess.tree, model, guess.model)
+    model = eqx.tree_at(lambda m: m.encoder.guess.tree, model, guess)
     start = time.process_time()
     pool = jax.block_until_ready(pool_of(model, problem, 256 if quick else EVENTS))
     seconds["pool"] = time.process_time() - start
-    start = time.process_time()
-    flow = fit(
+    flow, seconds["flow"] = gappy.fitted(
         model.head,
         gappy.on_contexts,
         pool,
-        key=jax.random.key(SEEDS["flow"]),
+        seed=SEEDS["flow"],
         steps=flow_steps,
-        optimizer=gappy.optimizer(gappy.FLOW_RATE, flow_steps),
-        every=max(1, flow_steps // 10),
-        progress=False,
+        rate=gappy.FLOW_RATE,
     )
-    seconds["flow"] = time.process_time() - start
-    return eqx.tree_at(lambda m: m.head, model, flow.model), seconds
+    return eqx.tree_at(lambda m: m.head, model, flow), seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:

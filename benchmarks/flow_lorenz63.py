@@ -36,7 +36,7 @@ from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, lorenz63
 from amortlib.refine import refined_posterior
 from amortlib.solvers import Oracle, population_sample
-from amortlib.training import fit
+from amortlib.training import Objective, fit
 from amortlib.types import Array, Event, Key
 from benchmarks.report import Bar, finish, parser, table
 
@@ -120,40 +120,57 @@ def on_contexts(head: Any, batch: Any, key: Key) -> Array:
     return -jnp.mean(jax.vmap(lambda x, c: head(c).log_prob(x))(x, contexts))
 
 
+def fitted(
+    model: Any,
+    objective: Objective,
+    batches: Callable[[Key], Any],
+    *,
+    seed: int,
+    steps: int,
+    rate: float,
+) -> tuple[Any, float]:
+    """One part trained by `optimizer`, and the seconds of processor time that it took."""
+    start = time.process_time()
+    found = fit(
+        model,
+        objective,
+        batches,
+        key=jax.random.key(seed),
+        steps=steps,
+        optimizer=optimizer(rate, steps),
+        every=max(1, steps // 10),
+        progress=False,
+    )
+    return found.model, time.process_time() - start
+
+
 def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]:
     """The trained model, and the seconds of processor time of each part."""
     problem = lorenz63()
     model = build({"guess": GUESS, "refined": REFINED, "flow": SIZES}, {})
     guess_steps, flow_steps = (20, 20) if quick else (GUESS_STEPS, FLOW_STEPS)
-    seconds, start = {}, time.process_time()
-    guess = fit(
+    seconds = {}
+    guess, seconds["guess"] = fitted(
         model.encoder.guess.tree,  # ty: ignore[unresolved-attribute]
         nll,
         lambda key: problem.batch(key, GUESS_BATCH),
-        key=jax.random.key(SEEDS["guess"]),
+        seed=SEEDS["guess"],
         steps=guess_steps,
-        optimizer=optimizer(GUESS_RATE, guess_steps),
-        every=max(1, guess_steps // 10),
-        progress=False,
+        rate=GUESS_RATE,
     )
-    seconds["guess"] = time.process_time() - start
-    model = eqx.tree_at(lambda m: m.encoder.guess.tree, model, guess.model)
+    model = eqx.tree_at(lambda m: m.encoder.guess.tree, model, guess)
     start = time.process_time()
     pool = pool_of(model, problem, 512 if quick else POOL, jax.random.key(SEEDS["pool"]))
     seconds["pool"] = time.process_time() - start
-    start = time.process_time()
-    flow = fit(
+    flow, seconds["flow"] = fitted(
         model.head,
         on_contexts,
         from_pool(pool, FLOW_BATCH),
-        key=jax.random.key(SEEDS["flow"]),
+        seed=SEEDS["flow"],
         steps=flow_steps,
-        optimizer=optimizer(FLOW_RATE, flow_steps),
-        every=max(1, flow_steps // 10),
-        progress=False,
+        rate=FLOW_RATE,
     )
-    seconds["flow"] = time.process_time() - start
-    return eqx.tree_at(lambda m: m.head, model, flow.model), seconds
+    return eqx.tree_at(lambda m: m.head, model, flow), seconds
 
 
 def references(

@@ -27,9 +27,8 @@ from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import lorenz63
 from amortlib.search import Field
 from amortlib.searched import searched_flow_posterior
-from amortlib.training import fit
 from benchmarks import flow_lorenz63, refinement
-from benchmarks.flow_lorenz63 import FRACTIONS, energy_of, optimizer, pool_of
+from benchmarks.flow_lorenz63 import FRACTIONS, energy_of, pool_of
 from benchmarks.report import arguments, finish
 
 FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_searched_flow.safetensors"
@@ -65,19 +64,15 @@ def train(*, quick: bool = False) -> tuple[AmortizedPosterior, dict[str, float]]
     n = 512 if quick else POOL
     pool = pool_of(model, lorenz63(), n, jax.random.key(SEEDS["pool"]))
     seconds["pool"] = time.process_time() - start
-    start, steps = time.process_time(), 20 if quick else STEPS
-    flow = fit(
+    flow, seconds["flow"] = flow_lorenz63.fitted(
         model.head,
         flow_lorenz63.on_contexts,
         flow_lorenz63.from_pool(pool, BATCH),
-        key=jax.random.key(SEEDS["flow"]),
-        steps=steps,
-        optimizer=optimizer(RATE, steps),
-        every=max(1, steps // 10),
-        progress=False,
+        seed=SEEDS["flow"],
+        steps=20 if quick else STEPS,
+        rate=RATE,
     )
-    seconds["flow"] = time.process_time() - start
-    return eqx.tree_at(lambda m: m.head, model, flow.model), seconds
+    return eqx.tree_at(lambda m: m.head, model, flow), seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
