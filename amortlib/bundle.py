@@ -13,7 +13,14 @@ from typing import Any
 
 from amortlib import export
 from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
-from amortlib.calibration.report import EVENTS, GateError, GateReport
+from amortlib.calibration.report import (
+    ADJOINT,
+    AGREEMENT,
+    ALPHA,
+    EVENTS,
+    GateError,
+    GateReport,
+)
 from amortlib.energy import Energy
 from amortlib.export import CheckpointError
 from amortlib.gaussian import Gaussian, GaussMarkov
@@ -23,6 +30,9 @@ from amortlib.problems import InverseProblem
 __all__ = ["Bundle", "PromotionError", "load_bundle", "promote"]
 
 _KIND = "amortlib bundle"
+
+LEFT_OUT = 0.01
+"""Largest share of events that the gates may have left out because the oracle had no answer."""
 
 
 class PromotionError(ValueError):
@@ -62,6 +72,30 @@ def _problem(problem: InverseProblem, energy: Energy | None) -> str:
     return problem_fingerprint(energy, problem.obs_noise)
 
 
+def _check_gates(report: GateReport, where: str = "") -> None:
+    """Refuse a report whose gates do not hold, or hold by being wider or by looking away."""
+    failed = [gate for gate in report.gates if not gate.passed]
+    if failed:
+        words = "; ".join(f"{gate.name}: {gate.words}" for gate in failed)
+        raise PromotionError(f"{where}expected a report whose gates all hold, got {words}")
+    given = report.thresholds
+    for name, limit in (("agreement", AGREEMENT), ("adjoint", ADJOINT)):
+        if not given[name] <= limit:
+            raise PromotionError(
+                f"{where}expected the gate of {name} at {limit:g} or stricter, got {given[name]:g}"
+            )
+    if not given["sbc"] >= ALPHA:
+        raise PromotionError(
+            f"{where}expected the gate of sbc at p = {ALPHA:g} or stricter, got {given['sbc']:g}"
+        )
+    every = report.events + report.excluded
+    if report.excluded > LEFT_OUT * every:
+        raise PromotionError(
+            f"{where}expected at most {100 * LEFT_OUT:g}% of events without an oracle's answer, "
+            f"got {report.excluded} of {every}: on those nobody knows what the head does"
+        )
+
+
 def promote(
     path: str | os.PathLike,
     posterior: AmortizedPosterior,
@@ -85,14 +119,12 @@ def promote(
         events: the fewest that the gates must have seen.
 
     Raises:
-        PromotionError: on a report that did not pass, that was made for other weights, for another
-            problem, by another release, or on too few events. Nothing is written.
+        PromotionError: on a report that did not pass, that passed wider gates than the package's
+            or with more than `LEFT_OUT` of the events left out, that was made for other weights,
+            for another problem, by another release, or on too few events. Nothing is written.
         amortlib.CheckpointError: on settings that JSON cannot hold.
     """
-    failed = [gate for gate in report.gates if not gate.passed]
-    if failed:
-        words = "; ".join(f"{gate.name}: {gate.words}" for gate in failed)
-        raise PromotionError(f"expected a report whose gates all hold, got {words}")
+    _check_gates(report)
     if report.head != fingerprint(posterior):
         raise PromotionError(
             f"expected the report of these weights, {fingerprint(posterior)[:12]}, got one of "
@@ -157,8 +189,7 @@ def load_bundle(
         report = GateReport.from_json(header["report"])
     except GateError as err:
         raise PromotionError(f"{path}: {err}") from err
-    if not report.passed:
-        raise PromotionError(f"{path}: expected a report whose gates all hold, got one that fails")
+    _check_gates(report, f"{path}: ")
     versions = header["versions"]
     installed = _versions()["amortlib"]
     if versions.get("amortlib") != installed:

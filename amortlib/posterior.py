@@ -17,7 +17,7 @@ from amortlib.heads.flow import FlowHead
 from amortlib.heads.mixture import MixtureHead
 from amortlib.heads.regression import CholeskyHead, DiagonalHead, InformationHead
 from amortlib.heads.score import AbstractNoise, AbstractSampler, FlowODE, ScoreHead
-from amortlib.types import Array, Event, InvalidEventError, Key, PyTree
+from amortlib.types import Array, Event, InvalidEventError, Key, PyTree, refuse_unusable
 
 __all__ = [
     "AmortizedPosterior",
@@ -46,7 +46,9 @@ class AmortizedPosterior(eqx.Module):
         """The posterior of one event.
 
         Raises:
-            InvalidEventError: where the event's shape is not the one this posterior was made for.
+            InvalidEventError: where the event's shape is not the one this posterior was made for,
+                where its mask is of another shape or not boolean, and, outside compiled programs,
+                where a value is not finite at an observed entry.
         """
         expected = self.encoder.obs_shape
         if expected is not None and event.y.shape != expected:
@@ -54,10 +56,7 @@ class AmortizedPosterior(eqx.Module):
                 f"expected an event of shape {expected}, got {event.y.shape}; "
                 "map a batch of events with jax.vmap"
             )
-        if event.mask.shape != event.y.shape:
-            raise InvalidEventError(
-                f"expected a mask of the shape of y, {event.y.shape}, got {event.mask.shape}"
-            )
+        refuse_unusable(event)
         if self.encoder.uses_sd and event.sd is None:
             raise InvalidEventError(
                 "expected an event with its observation-error sd, got sd=None: "

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 Key: TypeAlias = PRNGKeyArray
@@ -20,6 +21,7 @@ __all__ = [
     "Key",
     "PyTree",
     "as_event",
+    "refuse_unusable",
     "stack_events",
     "to_double",
 ]
@@ -135,6 +137,27 @@ def _refuse_infinite(name: str, values: np.ndarray, seen: np.ndarray) -> None:
             f"expected finite {name} at observed entries, got {values[at]} at index {at} "
             f"({int(bad.sum())} such entries); mask them if they were not observed"
         )
+
+
+def refuse_unusable(event: Event) -> None:
+    """Refuse an event that was built by hand and that no posterior can read.
+
+    What is inside a compiled program has a shape and a dtype, and no values to look at.
+
+    Raises:
+        InvalidEventError: on a mask of another shape than `y` or that is not boolean; on a value
+            that is not finite at an observed entry.
+    """
+    if event.mask.dtype != np.bool_:
+        raise InvalidEventError(
+            f"expected a boolean mask (True = observed), got dtype {event.mask.dtype}"
+        )
+    if event.mask.shape != event.y.shape:
+        raise InvalidEventError(
+            f"expected a mask of the shape of y, {event.y.shape}, got {event.mask.shape}"
+        )
+    if not (isinstance(event.y, Tracer) or isinstance(event.mask, Tracer)):
+        _refuse_infinite("values", np.asarray(event.y), np.asarray(event.mask))
 
 
 def as_event(

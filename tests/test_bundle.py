@@ -81,6 +81,19 @@ def other_release(report: GateReport) -> dict[str, Any]:
     return {"report": dataclasses.replace(report, versions={"amortlib": "0.0.1"})}
 
 
+def wider(name: str, limit: float) -> Any:
+    def change(report: GateReport) -> dict[str, Any]:
+        wide = dataclasses.replace(report, thresholds=report.thresholds | {name: limit})
+        assert wide.passed
+        return {"report": wide}
+
+    return change
+
+
+def many_left_out(report: GateReport) -> dict[str, Any]:
+    return {"report": dataclasses.replace(report, excluded=3)}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -88,6 +101,10 @@ def other_release(report: GateReport) -> dict[str, Any]:
         (other_problem, "prior, the forward model or the noise"),
         (too_few, "at least 1000 events, got 200"),
         (other_release, "got one of 0.0.1"),
+        (wider("agreement", 2.0), "gate of agreement at 1 or stricter, got 2"),
+        (wider("adjoint", 0.2), r"gate of adjoint at 0\.05 or stricter, got 0\.2"),
+        (wider("sbc", 1e-6), r"gate of sbc at p = 0\.01 or stricter, got 1e-06"),
+        (many_left_out, "at most 1% of events without an oracle's answer, got 3 of 203"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -162,7 +179,15 @@ def test_a_report_that_was_changed_is_refused(file: Path) -> None:
         load_bundle(file, build, problem())
     data["passed"] = False
     rewritten(file, report=json.dumps(data))
-    with pytest.raises(PromotionError, match="got one that fails"):
+    with pytest.raises(PromotionError, match="gates all hold, got agreement"):
+        load_bundle(file, build, problem())
+
+
+def test_a_report_whose_gates_were_made_wider_is_refused(file: Path) -> None:
+    report = GateReport.from_json(export.read_settings(file)["report"])
+    wide = wider("adjoint", 0.2)(report)["report"]
+    rewritten(file, report=wide.to_json())
+    with pytest.raises(PromotionError, match="gate of adjoint"):
         load_bundle(file, build, problem())
 
 

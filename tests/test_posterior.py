@@ -172,6 +172,19 @@ def test_a_mask_of_another_shape_is_refused(kind):
         made(kind)(event)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_that_is_no_number_is_refused_where_it_was_observed(kind):
+    """Under the mask it is data as people have it."""
+    event, seen = event_of(0), jnp.arange(T) != 1
+    y = event.y.at[1].set(jnp.nan)
+    made(kind)(Event(y, seen, event.sd))
+    with pytest.raises(InvalidEventError, match=r"finite values at observed.*nan at index \(1,\)"):
+        made(kind)(Event(y, jnp.ones(T, bool), event.sd))
+    numbers = eqx.tree_at(lambda e: e.mask, event, seen.astype(int))
+    with pytest.raises(InvalidEventError, match=r"boolean mask .*, got dtype int32"):
+        made(kind)(numbers)
+
+
 @every_kind
 def test_error_bars_that_are_read_must_be_there(kind):
     event = event_of(0)

@@ -5,6 +5,7 @@ Two forms of one statistic. `jacobian_error` takes both Jacobians as matrices an
 interval that holds the statistic with a stated probability.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -87,7 +88,7 @@ def mode_products(mode: Callable[[Event], Array], event: Event) -> Products:
     """
 
     def at(y):
-        return mode(Event(y, event.mask, event.sd))
+        return mode(dataclasses.replace(event, y=y))
 
     _, pull = jax.vjp(at, event.y)
     return Products(

@@ -1,5 +1,6 @@
 """Run all gates of one head on one batch of events."""
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -183,7 +184,7 @@ def _judge(
         q = posterior(event)
 
         def mode(y):
-            return posterior(Event(y, event.mask, event.sd)).mode()
+            return posterior(dataclasses.replace(event, y=y)).mode()
 
         own = getattr(posterior, "mode_jacobian", None)
         jacobian = jax.jacfwd(mode)(event.y) if own is None else own(event)

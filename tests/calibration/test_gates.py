@@ -1,5 +1,7 @@
 """All gates together: an exact head passes, each planted fault is caught, each error is raised."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -222,3 +224,22 @@ def test_the_exact_posterior_of_two_pieces_is_right() -> None:
     assert (np.asarray(one.sample(500, key=jax.random.key(1)))[:, 0] > 0).all()
     assert PIECES[1] == "one piece missing"
     assert path_problem().shapes() == ((TIMES,), (TIMES,))
+
+
+def test_a_head_that_reads_the_times_is_judged_like_another(sample) -> None:
+    class TimedHead(eqx.Module):
+        head: eqx.Module
+
+        def __call__(self, event: Event) -> Gaussian:
+            q = self.head(event)
+            return Gaussian(q.loc + 0.0 * jnp.sum(event.when), q.chol)
+
+    problem, *rest = sample
+    few = jax.tree.map(lambda a: a[:100], tuple(rest))
+    timed = dataclasses.replace(few[0], time=jnp.ones_like(few[0].y))
+    settings = {"key": jax.random.key(0), "batch": 100, "importance_draws": 99}
+    report = run_gates(TimedHead(make_head()), problem, timed, *few[1:], **settings)
+    np.testing.assert_array_equal(
+        report.agreement, run_gates(make_head(), problem, *few, **settings).agreement
+    )
+    assert report.adjoint.max() < 1e-6

@@ -193,6 +193,14 @@ def test_products_and_the_probed_error_are_those_of_the_matrices(x64: None) -> N
     assert found.lower > 0.5 * exact
 
 
+def test_products_are_of_a_head_that_reads_the_times_too(x64: None) -> None:
+    when, mask = jnp.array([0.5, 1.0, 2.0]), jnp.array([True, False, True])
+    event = Event(jnp.zeros(3), mask, None, when)
+    seen = mode_products(lambda e: jnp.sum(e.values * e.when)[None], event)
+    np.testing.assert_allclose(seen.transpose(jnp.ones(1)), [0.5, 0.0, 2.0])
+    np.testing.assert_allclose(seen.forward(jnp.ones(3)), [2.5])
+
+
 # --- importance weights --------------------------------------------------------------------------
 
 
