@@ -86,7 +86,7 @@ def next_paint(browser: Any, address: str, presses: int) -> dict[str, float]:
     made = 0
     for slider in tab.query_selector_all(".live input[type=range]"):
         slider.focus()
-        tab.wait_for_timeout(SETTLE_MS)  # a key right after it would wait for the driver's own script
+        tab.wait_for_timeout(SETTLE_MS)  # a key right after it waits for the driver's own script
         for i in range(presses):
             tab.keyboard.press("ArrowRight" if i % 7 else "ArrowLeft")
             tab.wait_for_timeout(40)
