@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _kit.heads import OU_NOISE, load_bimodal, load_ou_head
+from _kit.bundle import bundle
+from _kit.heads import OU_NOISE, load_bimodal, load_lorenz63_flow, load_ou_head
 from _kit.packing import pack, pack_flow, pack_posterior, pack_score, window_settings
 from _kit.windows import FixedSteps
 
@@ -77,6 +80,47 @@ def test_both_sides_read_the_same_version() -> None:
 # --- parity with amortlib ---
 
 
+Compare = Callable[[bytes, bytes], dict[str, Any]]
+"""From weights, and events with answers, to the worst difference of each quantity."""
+
+
+def in_node(folder: Path) -> Compare:
+    def compare(weights: bytes, answered: bytes) -> dict[str, Any]:
+        (folder / "weights").write_bytes(weights)
+        (folder / "vectors").write_bytes(answered)
+        return json.loads(node(SCRIPTS / "run_parity.mjs", folder / "weights", folder / "vectors"))
+
+    return compare
+
+
+IN_A_PAGE = """files => live.compare(...files.map(
+  (file) => Uint8Array.from(atob(file), (letter) => letter.charCodeAt(0))))"""
+
+
+def in_a_page(folder: Path, page: Any) -> Compare:
+    """The same functions as the pages have them: bundled, and opened from disk."""
+    script = bundle("tests/js/parity.mjs", ROOT)
+    path = folder / "parity.html"
+    path.write_text(f'<meta charset="utf-8"><script>{script}</script>', encoding="utf-8")
+    page.goto(path.as_uri())
+
+    def compare(*files: bytes) -> dict[str, Any]:
+        return page.evaluate(IN_A_PAGE, [base64.b64encode(file).decode("ascii") for file in files])
+
+    return compare
+
+
+@pytest.fixture(params=["node", pytest.param("Chromium", marks=pytest.mark.slow)])
+def compare(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Compare]:
+    """Runs the JavaScript in each of the two."""
+    if request.param == "node":
+        yield in_node(tmp_path)
+        return
+    page = request.getfixturevalue("browser").new_page()
+    yield in_a_page(tmp_path, page)
+    page.close()
+
+
 def masks(n: int) -> np.ndarray:
     """Every contiguous gap, everything seen, nothing seen, single entries, and random patterns."""
     start, length, at = np.ix_(np.arange(n), np.arange(n + 1), np.arange(n))
@@ -87,13 +131,13 @@ def masks(n: int) -> np.ndarray:
     return np.concatenate([np.unique(every, axis=0), alone, patterns])
 
 
-def events(prior: GaussMarkov, far: float, seed: int) -> dict[str, np.ndarray]:
+def events(prior: GaussMarkov, far: float) -> dict[str, np.ndarray]:
     """Observations under every mask, with errors from one end of the range to the other.
 
     Some are far outside of training, and masked entries hold what records hold there.
     """
     seen = masks(prior.loc.size)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(7)
     shape = seen.shape
     ends = np.where(rng.random((shape[0], 1)) < 0.5, *OU_NOISE)
     sd = np.where(rng.random((shape[0], 1)) < 0.5, rng.uniform(*OU_NOISE, shape), ends)
@@ -110,7 +154,8 @@ def answers(posterior: AmortizedPosterior, prior: GaussMarkov | None, given: dic
 
     def one(y, mask, sd, z):
         event = Event(y, mask, sd)
-        q = posterior(event)
+        shape = getattr(posterior.encoder, "obs_shape", None) or y.shape
+        q = posterior(jax.tree.map(lambda entries: entries.reshape(shape), event))
         draw = q.colour(z)
         x = q.mean() + 0.5 * z * q.sd()
         found = {
@@ -140,20 +185,24 @@ def shaken(posterior: AmortizedPosterior, seed: int) -> AmortizedPosterior:
     return eqx.combine(jax.tree.unflatten(treedef, new), rest)
 
 
-def shipped() -> tuple[AmortizedPosterior, GaussMarkov, bool]:
+Case = tuple[AmortizedPosterior, GaussMarkov | None, dict[str, np.ndarray]]
+"""A posterior, the prior that its exact answers follow from, where there are any, and events."""
+
+
+def shipped() -> Case:
     posterior, problem = load_ou_head()
-    return posterior, problem.prior, True
+    return posterior, problem.prior, events(problem.prior, HUGE)
 
 
-def plain(kind: str) -> tuple[AmortizedPosterior, GaussMarkov, bool]:
+def plain(kind: str) -> Case:
     prior = ornstein_uhlenbeck(9, timescale=3.0, loc=0.7, noise=OU_NOISE).prior
     made = regression_posterior(
         kind, key=jax.random.key(1), prior=prior, uses_sd=True, features=8, width=16
     )
-    return shaken(made, 2), prior, True
+    return shaken(made, 2), prior, events(prior, FAR)
 
 
-def neighbours() -> tuple[AmortizedPosterior, GaussMarkov, bool]:
+def neighbours() -> Case:
     """Messages about blocks of two, read with neighbours, without error bars."""
     rng = np.random.default_rng(3)
     n, block = 7, 2
@@ -167,60 +216,68 @@ def neighbours() -> tuple[AmortizedPosterior, GaussMarkov, bool]:
     encoder = SiteEncoder(key=jax.random.key(4), radius=2, features=4, width=8)
     site = jnp.asarray(rng.integers(0, n, 2 * n))
     head = InformationHead(encoder.size, prior, key=jax.random.key(5), site=site, rank=2)
-    return shaken(AmortizedPosterior(encoder, head), 6), prior, False
+    return shaken(AmortizedPosterior(encoder, head), 6), None, events(prior, FAR)
 
 
-CASES: dict[str, Callable[[], tuple[AmortizedPosterior, GaussMarkov, bool]]] = {
+def guess() -> Case:
+    """The head that the steps of the ladder start from, on windows like those of its training."""
+    posterior = load_lorenz63_flow()[0]
+    problem = FixedSteps.in_place(lorenz63(substeps=2))  # as the widget's
+    seen = masks(int(np.prod(problem.shapes()[1])))
+    x, drawn = jax.device_get(problem.batch(jax.random.key(13), len(seen)))
+    y = np.where(seen, drawn.y.reshape(seen.shape), np.nan)
+    z = np.random.default_rng(14).normal(size=x.shape)
+    given = {"y": y, "mask": seen, "sd": np.ones(seen.shape), "z": z}
+    return posterior.encoder.guess.tree, None, given
+
+
+CASES: dict[str, Callable[[], Case]] = {
     "shipped": shipped,
     "cholesky": lambda: plain("cholesky"),
     "diagonal": lambda: plain("diagonal"),
     "blocks with neighbours": neighbours,
+    "guess of the ladder": guess,
 }
 
 
 def vectors(
-    posterior: AmortizedPosterior, prior: GaussMarkov, with_exact: bool, given: dict
+    posterior: AmortizedPosterior, prior: GaussMarkov | None, given: dict
 ) -> tuple[bytes, bytes]:
     """The two files that the JavaScript is given: the weights, and the events with answers."""
     dtype = posterior.encoder.mlp.layers[0].weight.dtype
     given = {k: v if v.dtype == bool else jnp.asarray(v, dtype) for k, v in given.items()}
-    found = answers(posterior, prior if with_exact else None, given)
-    tree = jax.tree.map(jnp.asarray, given | found) | ({"prior": prior} if with_exact else {})
+    found = answers(posterior, prior, given)
+    tree = jax.tree.map(jnp.asarray, given | found) | ({} if prior is None else {"prior": prior})
     return pack_posterior(posterior), pack(tree)
 
 
+@functools.cache
 def make(name: str, *, double: bool) -> tuple[bytes, bytes]:
-    posterior, prior, with_exact = CASES[name]()
-    given = events(prior, HUGE if name == "shipped" else FAR, 7)
+    """Made once: node and Chromium are given the same."""
+    posterior, prior, given = CASES[name]()
     if not double:
         # In single precision the answers to absurd values are dominated by rounding.
         usual = np.nanmax(np.abs(np.where(given["mask"], given["y"], 0)), axis=1) < HUGE / 100
         given = {key: value[usual] for key, value in given.items()}
-        return vectors(posterior, prior, with_exact, given)
+        return vectors(posterior, prior, given)
     with jax.enable_x64(True):
         posterior, prior = to_double((posterior, prior))
-        return vectors(posterior, prior, with_exact, given)
-
-
-def in_node(folder: Path, weights: bytes, answered: bytes) -> dict[str, Any]:
-    (folder / "weights").write_bytes(weights)
-    (folder / "vectors").write_bytes(answered)
-    return json.loads(node(SCRIPTS / "run_parity.mjs", folder / "weights", folder / "vectors"))
+        return vectors(posterior, prior, given)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_answers_in_double_precision(tmp_path: Path, name: str) -> None:
+def test_the_same_answers_in_double_precision(compare: Compare, name: str) -> None:
     """Both compute with 53 bits: what is left is rounding, far below the bar of 1e-5."""
-    worst = in_node(tmp_path, *make(name, double=True))
+    worst = compare(*make(name, double=True))
     print(name, worst)
     assert worst.pop("events") >= 200
     assert {"mean", "sd", "sample", "log_prob"} <= set(worst)
     assert max(worst.values()) <= 1e-8, worst
 
 
-def test_the_same_answers_as_the_head_that_is_shipped(tmp_path: Path) -> None:
+def test_the_same_answers_as_the_head_that_is_shipped(compare: Compare) -> None:
     """Against single precision, which is what the chapters run: the bar of the book."""
-    worst = in_node(tmp_path, *make("shipped", double=False))
+    worst = compare(*make("shipped", double=False))
     print(worst)
     assert worst.pop("events") > 600
     assert max(worst.values()) <= 1e-5, worst
@@ -283,17 +340,16 @@ def mixture_answers(posterior: AmortizedPosterior, given: dict, shape: tuple[int
     return jax.vmap(one)(given["y"], given["mask"], given["z"])
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_flows_and_scores_give_the_same_in_double_precision(tmp_path: Path, name: str) -> None:
-    """The same noise gives the same draw, through splines, layers and the steps of the ODE; some
-    of it is far out, beyond where splines bend.
-    """
+@functools.cache
+def make_mixture(name: str, n: int) -> tuple[bytes, bytes]:
+    """Weights, and `n` events with answers in double precision; some of their noise is far out,
+    beyond where splines bend."""
     posterior = MIXTURES[name]()
     scaled = posterior.encoder
     assert isinstance(scaled, ScaledEncoder)
     shape = scaled.inner.obs_shape
     assert shape is not None
-    size, n = int(np.prod(shape)), 60
+    size = int(np.prod(shape))
     rng = np.random.default_rng(10)
     mask = rng.random((n, size)) < rng.random((n, 1))
     mask[0], mask[1] = True, False
@@ -312,9 +368,15 @@ def test_flows_and_scores_give_the_same_in_double_precision(tmp_path: Path, name
         given = {"y": jnp.asarray(y), "mask": jnp.asarray(mask), "z": jnp.asarray(z)}
         found = mixture_answers(posterior, given, shape)
         pack_it = pack_score if isinstance(q, ScoreDistribution) else pack_flow
-        worst = in_node(tmp_path, pack_it(posterior), pack(given | found))
+        return pack_it(posterior), pack(given | found)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_flows_and_scores_give_the_same_in_double_precision(compare: Compare, name: str) -> None:
+    """The same noise gives the same draw, through splines, layers and the steps of the ODE."""
+    worst = compare(*make_mixture(name, 60))
     print(name, worst)
-    assert worst.pop("events") == n
+    assert worst.pop("events") == 60
     assert {"log_weight", "sample"} <= set(worst)
     # flowjax holds the parameter of a slope of one in single precision, off by 3e-8 of it.
     assert max(worst.values()) <= 1e-6, worst

@@ -26,7 +26,7 @@ export function difference(got, wanted, floor = 0) {
 }
 
 /** Run every event; returns the worst difference of each quantity. */
-export function parity(weights, vectors) {
+function parity(weights, vectors) {
   const posterior = loadPosterior(weights);
   const { tensors } = readWeights(vectors);
   const prior = "['prior'].loc" in tensors ? priorOf(tensors, "['prior']") : null;
@@ -55,7 +55,7 @@ export function parity(weights, vectors) {
 }
 
 /** The same for flows and scores: draws from given noise, weights, and a flow's log-density. */
-export function mixtureParity(weights, vectors) {
+function mixtureParity(weights, vectors) {
   const kind = readWeights(weights).settings.head;
   const posterior = { flow: loadFlow, score: loadScore }[kind](weights);
   const { tensors } = readWeights(vectors);
@@ -74,4 +74,10 @@ export function mixtureParity(weights, vectors) {
     worst.events += 1;
   }
   return worst;
+}
+
+/** Whichever of the two the weights are for. */
+export function compare(weights, vectors) {
+  const { head } = readWeights(weights).settings;
+  return (["flow", "score"].includes(head) ? mixtureParity : parity)(weights, vectors);
 }
