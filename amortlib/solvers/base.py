@@ -130,9 +130,13 @@ def analyse(
     jacobian, residual = residual_jacobian(energy, v, event, mode=by), energy.residual(v, event)
     gradient = jacobian.T @ residual
     # A minimiser that asks for steps smaller than rounding allows runs out of steps at the
-    # minimum. There the gradient is zero to the rounding of the sum that makes it.
-    rounding = 8 * jnp.finfo(v.dtype).eps * jnp.linalg.norm(jacobian) * jnp.linalg.norm(residual)
-    there = jnp.linalg.norm(gradient) <= rounding
+    # minimum. There the gradient is zero to the rounding of the sum that makes it, or the
+    # Gauss-Newton step that is left would lower J by less than the last digit of J: no minimiser
+    # that compares values of J can take it.
+    eps = jnp.finfo(v.dtype).eps
+    rounding = 8 * eps * jnp.linalg.norm(jacobian) * jnp.linalg.norm(residual)
+    step = jnp.linalg.solve(jacobian.T @ jacobian, gradient)
+    there = (jnp.linalg.norm(gradient) <= rounding) | (0.5 * gradient @ step <= eps * value)
     out_of_steps = result == optx.RESULTS.nonlinear_max_steps_reached
     result = optx.RESULTS.where(there & out_of_steps, optx.RESULTS.successful, result)
     analysis = Analysis(

@@ -2,7 +2,7 @@
 Gaussian-process formula, and the Kalman smoother.
 """
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import diffrax as dfx
@@ -159,16 +159,11 @@ def road_of_kalman(problem: str, seen: Event) -> tuple[jax.Array, jax.Array]:
     return smooth.mean[0], smooth.cov[0]
 
 
-# What XLA does unless it is asked otherwise, and the kit asks. At rounding Levenberg-Marquardt can
-# stall at the minimum without saying that it has converged; on which masks depends on the code.
-AS_PEOPLE_RUN_IT = {"xla_backend_optimization_level": 3}
-
-
 @cache
 def program(problem: str):
     """One compiled program for all solvers and both roads; the mask is an argument."""
 
-    @partial(jax.jit, compiler_options=AS_PEOPLE_RUN_IT)
+    @jax.jit
     def run(seen: Event):
         energy = ENERGIES[problem]()
         own = {name: s(seen, throw=False) for name, s in solvers(energy).items()}

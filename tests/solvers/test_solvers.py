@@ -170,8 +170,7 @@ def test_each_way_to_differentiate_the_model_has_one_answer(x64):
     seen = Event(seen.y, jnp.ones_like(seen.mask), seen.sd)
     found = {}
     for name, (adjoint, derivative) in WAYS.items():
-        # Tighter, and it can stall at rounding without saying that it has converged.
-        lm = optx.LevenbergMarquardt(1e-8, 1e-8)
+        lm = optx.LevenbergMarquardt(**TIGHT)
         solver = StrongFourDVar(
             energy(adjoint=adjoint, **short), minimiser=lm, derivative=derivative
         )
