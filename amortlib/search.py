@@ -2,9 +2,11 @@
 
 A single guess leads to a single minimum, and a long gap makes others. A mixture density network
 knows of them: its components' means are the starts. Steps cost what J and its derivative cost, so
-the field narrows as it goes: after each step the starts that stand highest drop out, and the last
-few try Newton's step on the full Hessian beside the Gauss-Newton one: that converges slowly where
-the forward model is curved and the data do not fit well.
+the field narrows as it goes: after each step the starts that stand highest drop out, before the
+derivative is asked for where the others stand. The Gauss-Newton step converges slowly where the
+forward model is curved and the data do not fit well, so Newton's is tried beside it. What its
+Hessian has beyond the Gauss-Newton one is learned from how the Jacobian changed on the way: no
+second derivative is computed, which would cost six times a first one in three dimensions.
 
 It is 4DVar with learned starts and a fixed number of steps: one compiled program with its network.
 """
@@ -47,22 +49,23 @@ _UNROLLED = 8
 
 
 class Field(eqx.Module):
-    """How many starts are still searched at each step, and how many of the steps are Newton's.
+    """How many starts are still searched at each step, and whether Newton's step is tried.
 
     Attributes:
         widths: starts that take step 1, 2, ..., k; never growing. Its length is k.
-        newton: how many of the last steps are tried with the full Hessian too.
+        newton: whether Newton's step is tried beside the Gauss-Newton one, from the second step on:
+            the first one knows of no other Hessian.
     """
 
     widths: tuple[int, ...] = eqx.field(static=True)
-    newton: int = eqx.field(static=True, default=2)
+    newton: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
         widths = self.widths
         if any(w < 1 for w in widths) or list(widths) != sorted(widths, reverse=True):
             raise ValueError(f"expected widths of at least 1 that never grow, got {widths}")
-        if not 0 <= self.newton <= len(widths):
-            raise ValueError(f"expected 0 <= newton <= {len(widths)} steps, got {self.newton}")
+        if not isinstance(self.newton, bool):
+            raise TypeError(f"expected newton to be True or False, got {self.newton!r}")
 
     @property
     def steps(self) -> int:
@@ -70,14 +73,14 @@ class Field(eqx.Module):
         return len(self.widths)
 
     @classmethod
-    def narrowing(cls, starts: int, steps: int, *, least: int = 2, newton: int = 2) -> "Field":
+    def narrowing(cls, starts: int, steps: int, *, least: int = 2, newton: bool = True) -> "Field":
         """Halves the field after every step from the first on, down to `least`.
 
         Successive halving: Jamieson and Talwalkar (2016), *Non-stochastic best arm identification
         and hyperparameter optimization*, AISTATS.
         """
         widths = tuple(max(min(least, starts), starts >> i) for i in range(steps))
-        return cls(widths, min(newton, steps))
+        return cls(widths, newton)
 
 
 def _solve(matrix: Float[Array, "d d"], rhs: Float[Array, " d"]) -> Float[Array, " d"]:
@@ -109,35 +112,73 @@ def _solve(matrix: Float[Array, "d d"], rhs: Float[Array, " d"]) -> Float[Array,
 
 
 class _Local(eqx.Module):
-    """J at a point, its slope, and two curvatures, one and the same before Newton's steps."""
+    """J at a point, its derivatives, and what is known of the Hessian beyond Gauss and Newton's.
+
+    Attributes:
+        v: the point, control variables.
+        cost: J there.
+        residual: r, of which J is half the sum of squares.
+        jacobian: that of r.
+        bend: the estimate of sum_i r_i Hess r_i; zero before the first step.
+    """
 
     v: Float[Array, " d"]
     cost: Float[Array, ""]
-    slope: Float[Array, " d"]
-    gauss: Float[Array, "d d"]
-    full: Float[Array, "d d"]
+    residual: Float[Array, " r"]
+    jacobian: Float[Array, "r d"]
+    bend: Float[Array, "d d"]
+
+    @property
+    def slope(self) -> Float[Array, " d"]:
+        """The gradient of J."""
+        return self.jacobian.T @ self.residual
 
 
 def _cost(energy: Energy, v: Float[Array, " d"], event: Event) -> Float[Array, ""]:
     return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
 
 
-def _look(energy: Energy, v: Float[Array, " d"], event: Event, full: bool) -> _Local:
+def _look(energy: Energy, v: Float[Array, " d"], event: Event) -> _Local:
     def residual(v: Array) -> tuple[Array, Array]:
         r = energy.residual(v, event)
         return r, r
 
-    def local(v: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        jacobian, r = jax.jacfwd(residual, has_aux=True)(v)
-        slope = jacobian.T @ r
-        return slope, (0.5 * jnp.sum(r**2), slope, jacobian.T @ jacobian)
+    jacobian, r = jax.jacfwd(residual, has_aux=True)(v)
+    return _Local(v, 0.5 * jnp.sum(r**2), r, jacobian, jnp.zeros((v.size, v.size), v.dtype))
 
-    if not full:
-        _, (cost, slope, gauss) = local(v)
-        return _Local(v, cost, slope, gauss, gauss)
+
+def _hessians(
+    energy: Energy, v: Float[Array, " d"], event: Event
+) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
+    """The full Hessian of J, and the Gauss-Newton one."""
+
+    def slope(v: Array) -> tuple[Array, Array]:
+        at = _look(energy, v, event)
+        return at.slope, at.jacobian.T @ at.jacobian
+
     # Forward over forward: d (d + 1) directions in one pass, and no backward one.
-    curvature, (cost, slope, gauss) = jax.jacfwd(local, has_aux=True)(v)
-    return _Local(v, cost, slope, gauss, 0.5 * (curvature + curvature.T))
+    full, gauss = jax.jacfwd(slope, has_aux=True)(v)
+    return 0.5 * (full + full.T), gauss
+
+
+def _learned(at: _Local, there: _Local) -> Float[Array, "d d"]:
+    """The estimate of the bend after a step, from how the Jacobian changed on it.
+
+    The structured secant update of Dennis, Gay and Welsch (1981), ACM TOMS 7, 348-368, without
+    their sizing, which forgets: the new estimate S is symmetric and has S s = (A_there - A_at)^T
+    r_there, for the step s and the Jacobian A, and is the nearest to the old one in the norm in
+    which the whole Hessian is the identity. A step that tells nothing, because it has no length or
+    its slope did not rise, leaves the estimate as it was.
+    """
+    step, rise = there.v - at.v, there.slope - at.slope
+    wanted = there.slope - at.jacobian.T @ there.residual
+    along = step @ rise
+    told = along > 0
+    along = jnp.where(told, along, 1.0)
+    off = wanted - at.bend @ step
+    both = jnp.outer(off, rise) / along
+    new = at.bend + both + both.T - (off @ step) * jnp.outer(rise, rise) / along**2
+    return jnp.where(told & jnp.all(jnp.isfinite(new)), new, at.bend)
 
 
 def _trials(at: _Local, damping: Array, newton: bool) -> Float[Array, "t d"]:
@@ -146,10 +187,11 @@ def _trials(at: _Local, damping: Array, newton: bool) -> Float[Array, "t d"]:
     Newton's converges at the minimum and can go astray far from it, the other way round with
     Gauss-Newton's. Where J curves downwards there is no Newton's step, and NaN is a trial refused.
     """
-    extra = damping * jnp.diag(jnp.diagonal(at.gauss))
-    steps = [_solve(at.gauss + extra, at.slope)]
+    gauss, slope = at.jacobian.T @ at.jacobian, at.slope
+    damped = gauss + damping * jnp.diag(jnp.diagonal(gauss))
+    steps = [_solve(damped, slope)]
     if newton:
-        steps.append(_solve(at.full + extra, at.slope))
+        steps.append(_solve(damped + at.bend, slope))
     return at.v - jnp.stack(steps)
 
 
@@ -164,9 +206,11 @@ def search(
     """The lowest end of a narrowing field of damped searches on J, in control variables.
 
     Steps are those of Levenberg (1944) and Marquardt (1963), J. SIAM 11, on x = x_b + B^{1/2} v:
-    (A + l diag A_gn) s = -slope, with A the Gauss-Newton Hessian A_gn; in the last steps also with
-    A the full one, and the lower of the two ends counts. A step that lowers J is taken and l falls
-    tenfold, else l rises tenfold and the point stays. J at the end is above J at no start.
+    (A + l diag A_gn) s = -slope, with A the Gauss-Newton Hessian A_gn; from the second step on also
+    with A = A_gn + S, where S is the structured secant estimate of what is missing by Dennis, Gay
+    and Welsch (1981), ACM TOMS 7, and the lower of the two ends counts. A step that lowers J is
+    taken and l falls tenfold, else l rises tenfold and the point stays. J at the end is above J at
+    no start.
 
     Args:
         energy: J.
@@ -242,29 +286,28 @@ def _search(
         _, best = jax.lax.top_k(-height, width)
         return jax.tree.map(lambda leaf: leaf[best], tree)
 
-    def looks(v: Array, full: bool) -> _Local:
-        return jax.vmap(lambda v: _look(energy, v, event, full))(v)
+    looks = jax.vmap(lambda v: _look(energy, v, event))
+    costs = jax.vmap(lambda v: _cost(energy, v, event))
 
-    def costs(v: Array) -> Array:
-        return jax.vmap(lambda v: _cost(energy, v, event))(v)
+    def moved(at: _Local, damping: Array, newton: bool) -> tuple[Array, Array, Array]:
+        """Where each start stands after a step, J there, and whether it moved."""
+        trials = jax.vmap(lambda a, d: _trials(a, d, newton))(at, damping)
+        height = jax.vmap(costs)(trials)
+        best = _lowest(height)
+        each = jnp.arange(best.size)
+        lower = height[each, best] <= at.cost
+        v = jnp.where(lower[:, None], trials[each, best], at.v)
+        return v, jnp.where(lower, height[each, best], at.cost), lower
 
-    def lowest(tree: Any, cost: Array) -> Any:
-        """Of the trials of each start, on the second axis, the lowest."""
-        best = _lowest(cost)
-        return jax.tree.map(lambda leaf: leaf[jnp.arange(best.size), best], tree)
-
-    def step(carry: tuple[_Local, Array], now: bool, then: bool) -> tuple[_Local, Array]:
+    def step(carry: tuple[_Local, Array], newton: bool, width: int) -> tuple[_Local, Array]:
         at, damping = carry
-        trials = jax.vmap(lambda a, d: _trials(a, d, now))(at, damping)
-        there = jax.vmap(lambda v: looks(v, then))(trials)
-        there = lowest(there, there.cost)
-        lower = there.cost <= at.cost
-
-        def choose(a: Array, b: Array) -> Array:
-            return jnp.where(lower.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-
-        at = jax.tree.map(choose, there, at)
-        return at, jnp.where(lower, damping / 10.0, damping * 10.0)
+        v, cost, lower = moved(at, damping, newton)
+        damping = jnp.where(lower, damping / 10.0, damping * 10.0)
+        # Who drops out is known from J alone; only where the others stand is its derivative needed.
+        at, v, damping, lower = narrowed((at, v, damping, lower), cost, width)
+        there = looks(v)
+        bend = jnp.where(lower[:, None, None], jax.vmap(_learned)(at, there), at.bend)
+        return eqx.tree_at(lambda there: there.bend, there, bend), damping
 
     v, first = starts, field.widths[0] if field.steps else 1
     if field.steps == 0:
@@ -272,12 +315,13 @@ def _search(
         return narrowed((v, cost), cost, 1)
     if first < starts.shape[0]:
         (v,) = narrowed((v,), costs(v), first)
-    # Step i is taken from the look before it, so Newton's curvature is made one step early.
-    newton = [i >= field.steps - field.newton for i in range(field.steps)]
-    carry = looks(v, newton[0]), jnp.full(v.shape[0], _FIRST_DAMPING, v.dtype)
-    kinds = zip(field.widths[:-1], newton[:-1], newton[1:], strict=True)
-    for (width, now, then), alike in itertools.groupby(kinds):
-        carry = narrowed(carry, carry[0].cost, width)
+    carry = looks(v), jnp.full(v.shape[0], _FIRST_DAMPING, v.dtype)
+    newton = [field.newton and i > 0 for i in range(field.steps)]
+    kinds = zip(field.widths[:-1], field.widths[1:], newton[:-1], strict=True)
+    for (width, then, now), alike in itertools.groupby(kinds):
+        if width > then:
+            carry = step(carry, now, then)
+            continue
         # Steps of one kind are one loop, which compiles once.
         carry, _ = jax.lax.scan(
             lambda c, _, now=now, then=then: (step(c, now, then), None),
@@ -285,12 +329,8 @@ def _search(
             None,
             length=len(list(alike)),
         )
-    at, damping = narrowed(carry, carry[0].cost, field.widths[-1])
-    # Of the last step nothing but J is needed.
-    trials = jax.vmap(lambda a, d: _trials(a, d, newton[-1]))(at, damping)
-    cost = jnp.concatenate([at.cost[:, None], jax.vmap(costs)(trials)], axis=1)
-    trials = jnp.concatenate([at.v[:, None], trials], axis=1)
-    return lowest((trials, cost), cost)
+    v, cost, _ = moved(*carry, newton[-1])
+    return v, cost
 
 
 class SearchContext(eqx.Module):
@@ -348,13 +388,14 @@ class SearchEncoder(AbstractEncoder):
         energy = self.energy.value
         starts = component_starts(energy, self.guess.value(event))
         v = search(energy, starts, event, field=self.field, derivative=self.derivative)
-        here = _look(energy, v, event, full=True)
-        inner = jnp.linalg.cholesky(here.full)
-        precision = jnp.where(jnp.all(jnp.isfinite(inner)), here.full, here.gauss)
+        full, gauss = _hessians(energy, v, event)
+        inner = jnp.linalg.cholesky(full)
+        precision = jnp.where(jnp.all(jnp.isfinite(inner)), full, gauss)
         spread = Gaussian.from_precision(jnp.zeros_like(v), precision).chol
         root = jax.vmap(energy.prior.colour, in_axes=1, out_axes=1)(spread)
         root = root - energy.prior.loc[:, None]
-        return SearchContext(energy.prior.colour(v), jnp.linalg.cholesky(root @ root.T), here.cost)
+        chol = jnp.linalg.cholesky(root @ root.T)
+        return SearchContext(energy.prior.colour(v), chol, _cost(energy, v, event))
 
 
 class SearchHead(AbstractHead):

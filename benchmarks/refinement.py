@@ -66,10 +66,10 @@ STEPS, RATE, BATCH = 30000, 2e-3, 256
 PLAIN = (0, 1, 2, 3, 4)
 """Numbers of steps from the most likely start."""
 FIELDS = {
-    "search, k = 2": Field((8, 4), 1),
-    "search, k = 3": Field((8, 4, 2), 1),
-    "search, k = 4": Field((8, 4, 2, 2), 2),
-    "search, k = 6": Field((8, 4, 2, 2, 2, 2), 4),
+    "search, k = 2": Field((8, 4)),
+    "search, k = 3": Field((8, 4, 2)),
+    "search, k = 4": Field((8, 4, 2, 2)),
+    "search, k = 6": Field((8, 4, 2, 2, 2, 2)),
 }
 DRAWS = 1000
 NAMED = 20

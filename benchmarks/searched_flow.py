@@ -33,7 +33,7 @@ from benchmarks.report import arguments, finish
 
 FILE = Path(__file__).parent.parent / "book" / "weights" / "lorenz63_searched_flow.safetensors"
 SEEDS = {"weights": 0, "pool": 12, "flow": 13, "held out": flow_lorenz63.SEEDS["held out"]}
-FIELD = Field((8, 4, 3, 3), 2)
+FIELD = Field((8, 4, 3, 3))
 SIZES = {"layers": 4, "condition": 32, "width": 48, "encoder_width": 96}
 POOL, STEPS, RATE, BATCH = 48 * 1024, 3600, 2e-3, 192
 
