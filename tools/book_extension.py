@@ -30,6 +30,7 @@ from tools.chapters import (
     within_budget,
 )
 from tools.downloads import ARCHIVE
+from tools.licences import write_licence_texts
 
 MATHJAX_PARTS = (
     "tex-chtml.js",
@@ -176,6 +177,13 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
             shutil.copy2(source / part, target / part)
 
 
+def add_licence_texts(app: Sphinx, error: Exception | None) -> None:
+    """Put the texts of the licences beside the list of what the pages carry."""
+    static = Path(app.outdir) / "_static"
+    if error is None and app.builder.format == "html" and (static / "licences.txt").is_file():
+        write_licence_texts(static)
+
+
 ICONS = "_static/scripts/fontawesome.js"
 
 _ICON = re.compile(
@@ -305,6 +313,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", offer_downloads)
     app.connect("html-page-context", offer_archive, priority=502)  # the theme's own come with 501
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", add_licence_texts)
     app.connect("build-finished", write_live_widgets)
     app.connect("build-finished", keep_used_icons)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

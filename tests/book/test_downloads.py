@@ -15,8 +15,10 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 from pybtex.database import BibliographyData, parse_string
 
+from tools import licences
 from tools.chapters import read_page, toc_names
 from tools.downloads import ARCHIVE, write_archive
+from tools.licences import PACKAGES, TEXTS_FILE, write_licence_texts
 from tools.notebooks import Book, NotebookError, equations_of, portable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +246,33 @@ def test_every_part_of_the_pages_has_its_licence(html: Path) -> None:
 
     assert [file for file in files if not any(names(p, file) for p in patterns)] == []
     assert [p for p in patterns if not any(names(p, file) for file in files)] == []
+    # The zip carries the texts too, those that their packages come with and the two that do not.
+    with zipfile.ZipFile(html / ARCHIVE) as archive:
+        (inside,) = [name for name in archive.namelist() if name.endswith(f"/{TEXTS_FILE}")]
+        texts = archive.read(inside).decode()
+    assert [name for name in PACKAGES if f"\n{name}: LICENSE" not in f"\n{texts}"] == []
+    for words in (
+        "Version 2.0, January 2004",
+        "END OF TERMS AND CONDITIONS",
+        "SIL OPEN FONT LICENSE Version 1.1",
+        "OTHER DEALINGS IN THE FONT SOFTWARE",
+        "Bootstrap v5",
+    ):
+        assert words in texts
+
+
+def test_a_package_without_its_licence_stops_the_build(tmp_path: Path) -> None:
+    for broken, message in (
+        ({"PACKAGES": ("no-such-package",)}, "no-such-package goes with the pages"),
+        ({"APACHE": ("the Apache License", "packaging", "NONE")}, "NONE in the package packaging"),
+        ({"FONTS": ("fonts", "packaging", "LICENSE.APACHE")}, "found another text"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in broken.items():
+                patch.setattr(licences, name, value)
+            with pytest.raises(licences.LicenceMissingError, match=message):
+                write_licence_texts(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_archive_is_whole_or_not_there(tmp_path: Path) -> None:
