@@ -90,8 +90,8 @@ AT_ONCE = """(() => {
   const wait = window.setTimeout;
   window.setTimeout = (act, ms) => wait(act, ms / 10);
 })();"""
-"""Frames that come as soon as they are asked for, and short rests: work that is cut into pieces of 4
-ms a frame takes a quarter of the time."""
+"""Frames that come as soon as they are asked for, and short rests: work cut into pieces of 4 ms a
+frame takes a quarter of the time."""
 
 READY = """() => document.querySelector('.live-words')?.textContent
   || document.querySelector('[role=alert]')"""
