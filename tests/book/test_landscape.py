@@ -217,5 +217,5 @@ def test_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_an_answer_that_cannot_be_asked_is_refused() -> None:
-    with pytest.raises(ValueError, match="a function of an event or .oracle., got 'orcale'"):
+    with pytest.raises(ValueError, match=r"a function of an event or .oracle., got 'orcale'"):
         energy_landscape(window(), compare="orcale")
