@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -18,7 +18,8 @@ from amortlib.problems import InverseProblem
 from amortlib.solvers import Oracle
 from amortlib.types import Event, to_double
 
-Answer = Callable[[Event], Any]
+Answer = Callable[[Event], Any] | Literal["oracle"]
+"""A function of an event that returns states, or amortlib's oracle."""
 
 
 class WindowWidget(LiveWidget):
@@ -49,15 +50,20 @@ class WindowWidget(LiveWidget):
         """Draw what `answer` returns for each event, now and whenever a slider is moved.
 
         Args:
-            answer: called with the event, returns a state `(3,)` or several, `(n, 3)`; `None` for
-                nothing. What it returns on a page without a kernel stays as it is here.
+            answer: called with the event, returns a state `(3,)` or several, `(n, 3)`; `"oracle"`
+                for [`oracle_minima`][] of the widget's own problem; `None` for nothing. What it
+                returns on a page without a kernel stays as it is here.
             label: its name in the legend.
 
         Raises:
-            ValueError: on states of another shape.
+            ValueError: on states of another shape, or an answer that is none of these.
         """
         if answer is None:
             return
+        if answer == "oracle":
+            answer = oracle_minima(self.problem)
+        if not callable(answer):
+            raise ValueError(f'expected a function of an event or "oracle", got {answer!r}')
 
         def asked() -> dict[str, Any]:
             states = np.atleast_2d(np.asarray(answer(self.seen()), float))
@@ -79,7 +85,7 @@ def _simulate(problem: InverseProblem, event: Any) -> Any:
     return problem.simulate(jax.random.key(event))
 
 
-def oracle_minima(problem: InverseProblem) -> Answer:
+def oracle_minima(problem: InverseProblem) -> Callable[[Event], np.ndarray]:
     """The oracle, to be solved live: the different minima of an event within its reach.
 
     Args:

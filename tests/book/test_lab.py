@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from tools.chapters import read_page, toc_names
@@ -67,6 +70,33 @@ faults.width = 0.5
 ```
 """
 
+SOLVED_LIVE = (
+    NOTEBOOK.partition("```{code-cell}")[0]
+    + """```{code-cell} ipython3
+from _kit.holes import one_hole
+from _kit.ladder import refinement_ladder
+from _kit.landscape import energy_landscape
+from _kit.windows import FixedSteps
+from amortlib.observation import Select
+from amortlib.problems import lorenz63
+from ipywidgets import VBox
+window = FixedSteps.in_place(
+    lorenz63(states=6, dt=0.08, substeps=1, noise=2.0, operator=Select((0, 1)))
+)
+live = {"compare": "oracle", "label": "oracle, live"}
+ladder = refinement_ladder(**live)
+landscape = energy_landscape(window, length=0, **live)
+holes = one_hole(**live)
+VBox([ladder, landscape, holes])
+```
+"""
+)
+"""Within a box, which asks for no still pictures."""
+
+WINDOWS = {"ladder": "From network to solver", "landscape": "Energy landscape",
+           "holes": "One hole, two answers"}  # fmt: skip
+"""Their names in the kernel, and on the page."""
+
 MOVE = """([kind, name, value]) => {
   const group = [...document.querySelectorAll('.live')].find((g) => g.ariaLabel === kind);
   const input = group.querySelector(`[data-name=${name}]`);
@@ -80,6 +110,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """JupyterLab as Binder starts it (`postBuild`), over the chapters and one page of widgets."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "page.md").write_text(NOTEBOOK, encoding="utf-8")
+    (folder / "solved.md").write_text(SOLVED_LIVE, encoding="utf-8")
     # The chapters' folder as a reader has it: what JupyterLab saves must not come back here.
     for name in ("data", "weights", "_kit"):
         (folder / name).symlink_to(ROOT / "book" / name)
@@ -92,6 +123,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'book'}",
         "JUPYTER_CONFIG_DIR": str(folder / ".config"),
+        # Kernels keep compiled programs where this process does, which compiles none meanwhile.
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     viewer = [scripts / "jupytext-config", "set-default-viewer", "markdown"]
     subprocess.run(viewer, env=environment, check=True)
@@ -224,6 +259,71 @@ SLIDERS = """() => [...document.querySelectorAll('.live input[type=range]')].map
 TRAIT = """[getattr(w, {name!r})
  for w in __import__('ipywidgets').widgets.widget._instances.values()
  if getattr(w, 'title', None) == {kind!r}]"""
+
+
+PATHS = """(kind) => {
+  const live = [...document.querySelectorAll('.live')].find((one) => one.ariaLabel === kind);
+  const plot = live.querySelector('.live-plot');
+  const of = (color, dash) => [...plot.querySelectorAll(`path[stroke="${color}"]`)]
+    .filter((path) => (path.getAttribute('stroke-dasharray') ?? '') === dash)
+    .flatMap((path) => (path.getAttribute('d') ?? '').split('M').slice(1))
+    .map((line) => line.match(/-?[\\d.]+/g).map(Number).filter((_, i) => i % 2));
+  return { kernel: of('#1a1a1a', '2 4'), oracle: of('#0a5fb4', '7 4'),
+           height: Number(plot.getAttribute('height')),
+           legend: live.querySelector('.live-legend').textContent,
+           error: live.querySelector('.live-error')?.textContent };
+}"""
+"""Heights of the kernel's paths, in pixels from above, and of the ladder's own oracle."""
+
+TOPS = {"ladder": 24, "landscape": 24, "holes": 22}
+"""Where the axis of x ends, on both sides."""
+
+
+def test_the_oracle_is_solved_live_beside_the_page(browser: Any, lab: str) -> None:
+    """For each widget on a window: the kernel's minima are drawn where it says they start, and
+    named; they follow a slider of the page, and what the kernel sets moves page and paths."""
+    page, errors = opened(browser, lab, "solved")
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    page.wait_for_function(f"({DONE})() || ({FAILED})().length", timeout=240_000, polling=200)
+    assert page.evaluate(FAILED) == []
+    page.wait_for_function("document.querySelectorAll('.live').length === 3", timeout=60_000)
+
+    def solved(name: str, event: int, length: int) -> list[list[float]]:
+        """The kernel's paths on the page, as soon as they are those of its answer there."""
+        asked = f"[{name}.event, {name}.length, {name}.overlay['states']]"
+        for _ in range(300):
+            *at, states = json.loads(page.evaluate(ASK, asked))
+            found = page.evaluate(PATHS, WINDOWS[name])
+            assert found["error"] is None
+            drawn, own = found["kernel"], found["oracle"]
+            if at == [event, length] and len(drawn) == len(states):
+                share = 0.5 - np.array(states)[:, 0] / (2 * TOPS[name])
+                starts = 10 + (found["height"] - 54) * share
+                off = np.abs(np.subtract([path[0] for path in drawn], starts)).max()
+                if name == "ladder":  # whose page solves its own oracle, in JavaScript
+                    off = max(off, min(np.abs(np.subtract(path, own[0])).max() for path in drawn))
+                if off < 0.3:
+                    break
+            page.wait_for_timeout(100)
+        else:
+            pytest.fail(f"{name} shows {drawn} and {own}, the kernel is at {at} with {states}")
+        assert "oracle, live" in found["legend"]
+        return drawn
+
+    for name, kind in WINDOWS.items():
+        first = solved(name, 0, 0)
+        page.evaluate(MOVE, [kind, "event", 5])
+        second = solved(name, 5, 0)
+        assert second != first
+        assert page.evaluate(ASK, f"setattr({name}, 'length', 3)") == "None"
+        assert solved(name, 5, 3) != second
+        slider = f'.live[aria-label="{kind}"] [data-name=length]'
+        page.wait_for_function(
+            "(slider) => document.querySelector(slider).value === '3'", arg=slider
+        )
+    assert [error for error in errors if "_markdownOverlapsToolbar" not in error] == []
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.context.close()
 
 
 @pytest.mark.parametrize("docname", IN_LAB)

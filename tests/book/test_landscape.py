@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from _kit.figures import draw_landscape
 from _kit.landscape import EnergyLandscape, _survey, energy_landscape, landscape_picture
-from _kit.windowed import oracle_minima
 from _kit.windows import FixedSteps
 from bs4 import BeautifulSoup
 from safetensors.numpy import load
@@ -203,7 +202,7 @@ def test_the_drawing_knows_no_widget_and_no_jax() -> None:
 def test_a_kernel_answers_at_every_position() -> None:
     """The oracle, solved live, stands in the minimum of the picture, wherever the sliders are."""
     problem = window()
-    mine = energy_landscape(problem, compare=oracle_minima(problem), label="oracle")
+    mine = energy_landscape(problem, compare="oracle", label="oracle")
     for start, length in ((0, 0), (2, 5)):
         mine.start, mine.length = start, length
         assert mine.overlay["label"] == "oracle"
@@ -215,3 +214,8 @@ def test_a_kernel_answers_at_every_position() -> None:
 def test_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected states of shape \(n, 3\), got"):
         energy_landscape(window(), compare=lambda event: np.zeros(shape))
+
+
+def test_an_answer_that_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a function of an event or .oracle., got 'orcale'"):
+        energy_landscape(window(), compare="orcale")

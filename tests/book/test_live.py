@@ -6,6 +6,7 @@ Each widget is put on a bare page that is opened from disk, as the built book ma
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -75,11 +76,28 @@ DRAWN = """async () => {
 }"""
 """Until a picture that has been begun is there: on a slow machine it takes some frames."""
 
+FINISHED = """async () => {
+  while (document.querySelector('.live:is([aria-busy], [data-later])'))
+    await new Promise(requestAnimationFrame);
+}"""
+"""Until all of a picture is there, and what is drawn after the moves too."""
+
+AT_ONCE = """(() => {
+  const { port1, port2 } = new MessageChannel();
+  const waiting = [];
+  port1.onmessage = () => waiting.shift()(performance.now());
+  window.requestAnimationFrame = (act) => { waiting.push(act); port2.postMessage(null); };
+  const wait = window.setTimeout;
+  window.setTimeout = (act, ms) => wait(act, ms / 10);
+})();"""
+"""Frames that come as soon as they are asked for, and short rests: work cut into pieces of 4 ms a
+frame takes a quarter of the time."""
+
 READY = """() => document.querySelector('.live-words')?.textContent
   || document.querySelector('[role=alert]')"""
 
 EVERYWHERE = f"""async () => {{
-  const drawn = {DRAWN};"""
+  const finished = {FINISHED};"""
 EVERYWHERE += """
   // Both ends of every slider, every choice, and a hundred random positions of them all.
   let seed = 1;
@@ -96,6 +114,8 @@ EVERYWHERE += """
   };
   const wrong = [], words = new Set();
   const look = () => {
+    for (const alert of document.querySelectorAll('[role=alert]'))
+      wrong.push(`${alert.textContent} at ${inputs.map((i) => i.value)}`);
     const plots = [...document.querySelectorAll('.live-plot')].map((plot) => plot.outerHTML);
     if (/NaN|Infinity|undefined/.test(plots.join('')))
       wrong.push(inputs.map((i) => i.value).join());
@@ -105,17 +125,15 @@ EVERYWHERE += """
   };
   for (const input of inputs) for (const share of [0, 1]) {
     put(input, share);
-    await drawn();
+    await finished();
     look();
   }
   for (let i = 0; i < 100; i++) {
     for (const input of inputs) put(input, random());
-    await drawn();
+    await finished();
     look();
   }
-  await new Promise(requestAnimationFrame);
-  return {wrong, words: words.size, controls: inputs.length,
-          alerts: [...document.querySelectorAll('[role=alert]')].map((alert) => alert.textContent)};
+  return {wrong, words: words.size, controls: inputs.length};
 }"""
 
 
@@ -193,10 +211,11 @@ def value(tab: Any, name: str) -> float:
 def test_every_slider_to_both_ends_and_a_hundred_positions(
     tab: Any, shelf: Shelf, name: str
 ) -> None:
+    """At each the whole picture is waited for, and no error is shown."""
+    tab.add_init_script(AT_ONCE)
     opened(tab, shelf.address(name))
     assert tab.query_selector(".live-still") is None, "the still picture gives way to the live one"
     found = tab.evaluate(EVERYWHERE)
-    assert found["alerts"] == []
     assert found["wrong"] == []
     assert found["controls"] >= 2
     assert found["words"] > 10, "the words follow the picture"
@@ -217,6 +236,140 @@ def test_every_slider_by_keyboard(tab: Any, shelf: Shelf, name: str) -> None:
         assert tab.evaluate("(input) => input.labels.length", slider) == 1
         assert slider.get_attribute("aria-valuetext")
     assert tab.complaints == []
+
+
+MARKS = "() => [...document.querySelectorAll('.live-plot')].map((plot) => plot.innerHTML).join()"
+
+SELECTS = {"gap, two heads": "head", "holes": "shown", "ladder": "derivative"}
+"""The choices of the widgets."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_choice_by_keyboard(tab: Any, shelf: Shelf, name: str) -> None:
+    """An arrow takes the next one: picture and words change, the ladder's picture aside, for how
+    an answer is differentiated changes no answer. The other arrow brings both back."""
+    opened(tab, shelf.address(name))
+    names = "() => [...document.querySelectorAll('.live select')].map((one) => one.dataset.name)"
+    assert tab.evaluate(names) == ([SELECTS[name]] if name in SELECTS else [])
+    if name not in SELECTS:
+        return
+    if name == "ladder":
+        tab.evaluate(PUT, {"steps": 1})
+    seen = []
+    for key in (None, "ArrowDown", "ArrowUp"):
+        tab.focus(".live select")
+        if key:
+            tab.keyboard.press(key)
+        tab.evaluate(FINISHED)
+        chosen = tab.evaluate("document.querySelector('.live select').selectedIndex")
+        seen.append((chosen, tab.inner_text(".live-words"), tab.evaluate(MARKS)))
+    assert [chosen for chosen, *_ in seen] == [0, 1, 0]
+    assert seen[0] == seen[2]
+    assert seen[0][1] != seen[1][1]
+    assert name == "ladder" or seen[0][2] != seen[1][2]
+    assert tab.query_selector(".live select").evaluate("(select) => select.labels.length") == 1
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_tab_walks_through_every_control_once_and_leaves(tab: Any, shelf: Shelf, name: str) -> None:
+    """In the order that they are read in: line by line, and the gap in the picture below last."""
+    content = shelf.widget(name).to_html()
+    before, after = "<button id='before'>b</button>", "<button id='after'>a</button>"
+    opened(tab, shelf.put(f"{name} tab", before + content + after))
+    there = """() => [...document.querySelector('.live').querySelectorAll(
+      'input, select, button, [tabindex]')].map((one) => {
+        const { x, y, height } = one.getBoundingClientRect();
+        return [one.dataset.name ?? one.dataset.handle, 'name' in one.dataset, x, y + height / 2];
+      })"""
+    stops = tab.evaluate(there)
+    names = [stop for stop, *_ in stops]
+    assert len(names) == len(set(names)) >= 3
+    controls = [(x, y) for _, control, x, y in stops if control]
+    for (x, y), (next_x, next_y) in itertools.pairwise(controls):
+        assert next_y > y + 14 or (abs(next_y - y) <= 14 and next_x > x)
+    handles = [y for _, control, _, y in stops if not control]
+    assert [control for _, control, *_ in stops] == [True] * len(controls) + [False] * len(handles)
+    assert all(y > controls[-1][1] + 14 for y in handles)
+    now = """() => { const { dataset, id } = document.activeElement;
+      return dataset.name ?? dataset.handle ?? id; }"""
+    tab.focus("#before")
+    walked = []
+    for _ in range(len(names) + 1):
+        tab.keyboard.press("Tab")
+        walked.append(tab.evaluate(now))
+    assert walked == [*names, "after"]
+    tab.keyboard.press("Shift+Tab")
+    assert tab.evaluate(now) == names[-1]
+    assert tab.complaints == []
+
+
+LISTEN = """async ([name, value]) => {
+  const spoken = document.querySelector('.live-spoken');
+  window.heard = [];
+  new MutationObserver(() => heard.push(spoken.textContent)).observe(
+    spoken, { childList: true, characterData: true, subtree: true });
+  const slider = document.querySelector(`[data-name=${name}]`);
+  for (let i = 1; i <= 20; i++) {
+    slider.value = Number(slider.min) + ((value - slider.min) * i) / 20;
+    slider.dispatchEvent(new Event('input'));
+    await new Promise((done) => setTimeout(done, 40));
+  }
+  return [spoken.textContent, heard];
+}"""
+"""Drag a slider from its lower end in 0.8 seconds."""
+
+DRAGS = {
+    "break even": ("events", 3.5, "For 3,200 events"),
+    "faults": ("bias", 0.5, "sloped to the right"),
+    "gap": ("length", 16, "16 of 32 times are missing"),
+    "holes": ("length", 3, "3 of 5 times are missing"),
+    "ladder": ("steps", 3, "After 3 steps"),
+    "landscape": ("length", 3, "3 of 10 times are missing"),
+}
+"""Which slider, to where, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", DRAGS)
+def test_a_screen_reader_hears_where_a_drag_has_ended(tab: Any, shelf: Shelf, name: str) -> None:
+    """Nothing on the way, and the words under the picture when the hand rests: at once, and again
+    where the rest of the picture has come later."""
+    opened(tab, shelf.address(name))
+    region = tab.query_selector(".live-spoken")
+    assert region.get_attribute("role") == "status"
+    assert tab.query_selector(".live-words").get_attribute("role") is None, "said twice"
+    same = """() => document.querySelector('.live-spoken').textContent
+      === document.querySelector('.live-words').textContent"""
+    tab.evaluate(FINISHED)
+    tab.wait_for_function(same)
+    first = region.text_content()
+    assert first
+    slider, end, words = DRAGS[name]
+    during, heard = tab.evaluate(LISTEN, [slider, end])
+    assert (during, heard) == (first, [])
+    tab.evaluate(FINISHED)
+    tab.wait_for_function(f"() => heard.length && ({same})()")
+    heard = tab.evaluate("heard")
+    assert len(heard) <= 2
+    assert heard[-1] == tab.inner_text(".live-words") != first
+    assert words in heard[-1]
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_widget_has_its_text_alternatives(tab: Any, shelf: Shelf, name: str) -> None:
+    """A sentence for the still picture, words under the live one, and a name for each panel."""
+    widget = shelf.widget(name)
+    opened(tab, shelf.address(name))
+    alt = re.search(r'<img alt="([^"]*)"', widget.to_html())[1]
+    assert alt.startswith(f"{widget.title}. ")
+    for sentence in (alt, tab.inner_text(".live-words")):
+        assert len(sentence.split()) > 8
+        assert sentence.endswith(".")
+    assert tab.get_attribute(".live", "aria-label") == widget.title
+    panels = tab.query_selector_all(".live-plot > [role=img]")
+    assert len(panels) == len(tab.query_selector_all(".live-plot")) >= 1
+    assert all(len(panel.get_attribute("aria-label").split()) > 5 for panel in panels)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -478,20 +631,37 @@ def test_the_posterior_splits_when_the_first_time_is_hidden(tab: Any, shelf: She
     assert tab.complaints == []
 
 
-def test_who_wants_no_motion_sees_the_draws_at_once(browser: Any, shelf: Shelf) -> None:
-    """Nothing is drawn little by little: one picture without draws, and one with all of them."""
-    context = browser.new_context(reduced_motion="reduce", offline=True)
-    tab = opened(context.new_page(), shelf.address("holes"))
-    count = """() => (document.querySelector('.live-plot [stroke-opacity="0.7"]')
-      ?.getAttribute('d') ?? '').split('M').length - 1"""
-    seen = set()
-    for _ in range(200):
-        seen.add(tab.evaluate(count))
-        if "above zero" in tab.inner_text(".live-words"):
-            break
-        tab.wait_for_timeout(50)
-    assert seen | {tab.evaluate(count)} <= {0, 200}
-    assert tab.evaluate(count) == 200
+WRITES = """window.writes = new Map();
+new MutationObserver((records) => {
+  for (const mark of new Set(records.map(({ target }) => target)))
+    writes.set(mark, 1 + (writes.get(mark) ?? 0));
+}).observe(document, { subtree: true, attributeFilter: ['d'] });"""
+"""How often each mark has been drawn."""
+
+
+@pytest.mark.parametrize("name", ["holes", "ladder", "landscape"])
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_who_wants_no_motion_sees_no_picture_grow(
+    browser: Any, shelf: Shelf, name: str, motion: str
+) -> None:
+    """Nothing is drawn little by little: one picture without what comes later, and one with it. Who
+    has not asked for that sees draws and ranks come in."""
+    context = browser.new_context(reduced_motion=motion, offline=True)
+    page = context.new_page()
+    page.add_init_script(WRITES)
+    tab = opened(page, shelf.address(name))
+    most = """async () => { const most = Math.max(...writes.values()); writes.clear();
+      return [most, document.getAnimations().length]; }"""
+    tab.evaluate(FINISHED)
+    first, animations = tab.evaluate(most)
+    assert animations == 0
+    if motion == "reduce":
+        assert first <= 2
+        tab.evaluate(PUT, {"event": 7})
+        tab.evaluate(FINISHED)
+        assert 1 <= tab.evaluate(most)[0] <= 2
+    else:  # the first picture is shown so on a slow machine too
+        assert first > 2
     context.close()
 
 
@@ -666,6 +836,20 @@ def test_an_error_in_a_later_piece_is_said(long: Any) -> None:
     assert long.evaluate("counts.pieces") == pieces
 
 
+def test_the_page_says_until_when_a_picture_is_unfinished(long: Any) -> None:
+    """Also when its first part is there and the rest comes later; not after it has failed."""
+    begun = f"""async (at) => {{ move(at); await ({DRAWN})();
+      return [document.querySelector('.live').matches('[data-later]'), counts.shown.at(-1)]; }}"""
+    long.evaluate(FINISHED)
+    assert long.evaluate(begun, 1) == [True, [0, True]]
+    long.evaluate(FINISHED)
+    assert long.evaluate("counts.shown.at(-1)") == [1, True]
+    assert long.evaluate(begun, 2)[0]
+    unsaid = """() => { stage.fail(new Error("no more"));
+      return !document.querySelector('.live').matches('[data-later], [aria-busy]'); }"""
+    assert long.evaluate(unsaid)
+
+
 @pytest.mark.parametrize("when", ["move(1)", "move(1); await frames(1)", "move(1); move(2)"])
 def test_a_widget_that_is_taken_down_leaves_nothing_running(long: Any, when: str) -> None:
     pieces = long.evaluate(f"async () => {{ {when}; stage.end(); return counts.pieces; }}")
@@ -754,12 +938,43 @@ def test_a_page_without_its_script_shows_the_picture(tab: Any, shelf: Shelf) -> 
     assert "needs JavaScript" in tab.inner_text(".live-still")
 
 
-def test_on_paper_the_picture_stands_alone(tab: Any, shelf: Shelf) -> None:
-    opened(tab, shelf.address("gap"))
+ON_PAPER = """(width) => {
+  const main = document.querySelector('main');
+  main.style.width = `${width}px`;
+  const edge = main.getBoundingClientRect().right + 1;
+  const there = (node) => node.checkVisibility() && node.getClientRects().length > 0;
+  const own = [...main.querySelectorAll('.live, .live *:not(svg *)')].filter(there);
+  const frames = [...main.querySelectorAll('.live-plot')].map((plot) => {
+    const { width, height } = plot.getBoundingClientRect();
+    const { width: w, height: h } = plot.viewBox.baseVal;
+    return { scale: width / w, stretched: Math.abs(width / w - height / h),
+             marks: plot.querySelectorAll('path:not([d=""])').length };
+  });
+  const controls = [...main.querySelectorAll('input, select, button, output, .live-handle')];
+  return { frames, controls: controls.filter(there).length,
+           wide: own.filter((node) => node.getBoundingClientRect().right > edge)
+             .map((node) => node.outerHTML.slice(0, 80)) };
+}"""
+"""A printer lays the page out at the paper's width, and runs no script that could draw anew."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_on_paper_the_picture_stands_alone(tab: Any, shelf: Shelf, name: str) -> None:
+    """No control; the whole picture within the page, A4 upright or half as wide, and its words."""
+    opened(tab, shelf.address(name))
+    tab.evaluate(FINISHED)
     tab.emulate_media(media="print")
-    assert not tab.is_visible(".live-controls")
-    assert tab.is_visible(".live-plot")
+    for width in (700, 340):
+        found = tab.evaluate(ON_PAPER, width)
+        assert found["controls"] == 0
+        assert found["wide"] == []
+        assert found["frames"]
+        for frame in found["frames"]:
+            assert frame["stretched"] < 0.01
+            assert 0.3 < frame["scale"] < 1.01
+            assert frame["marks"] > 3
     assert tab.is_visible(".live-words")
+    assert tab.is_visible(".live-legend")
 
 
 # --- the bundle ---

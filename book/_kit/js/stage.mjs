@@ -58,6 +58,7 @@ export class Stage {
     this.job = 0; // a number for each picture: what is left to do for another is dropped
     this.picture = null; // the one that is being drawn
     this.again = false; // something has changed since it was begun
+    this.unfinished = 0; // works for later that belong to the picture and are not done
     this.usual = 0; // milliseconds that a picture takes, a mean over the last ones
     this.frame = 0; // milliseconds that the browser takes for a frame of it, likewise
     this.calm = globalThis.matchMedia?.("(prefers-reduced-motion: reduce)").matches ?? false;
@@ -240,10 +241,22 @@ export class Stage {
   }
 
   open() {
-    this.job++;
+    this.drop();
     this.again = false;
     this.picture = { pieces: this.draw(), begun: false, cost: 0, account: this.account };
     this.account = null;
+  }
+
+  /** What is left to do for the picture on the page will not be done. */
+  drop() {
+    this.job++;
+    this.wait(-this.unfinished);
+  }
+
+  /** So many works for later more. While there are any the page says so, beside `aria-busy`. */
+  wait(more) {
+    this.unfinished += more;
+    this.root.toggleAttribute("data-later", this.unfinished > 0);
   }
 
   /** Draw pieces of the picture for a time, and the others after the next frame. */
@@ -282,7 +295,7 @@ export class Stage {
    * waits for it. `shown` draws what there is: after each slice, or at the end alone where the
    * reader wants no motion. So it is on a slow machine, where a frame of many marks takes longer than a
    * slice; and there it begins only when the hand rests. `clear` then takes away what an earlier
-   * picture has left.
+   * picture has left. Until all of it is done, `data-later` stands on the widget.
    */
   later(work, shown, clear) {
     const { job, slow } = this;
@@ -295,11 +308,13 @@ export class Stage {
         let done = false;
         while (!done && performance.now() < until) ({ done } = pieces.next());
         if (done || !atEnd) shown(done);
-        if (!done) afterPaint(slice);
+        if (done) this.wait(-1);
+        else afterPaint(slice);
       } catch (error) {
         this.fail(error);
       }
     };
+    this.wait(1);
     if (atEnd) clear?.();
     if (slow) setTimeout(slice, PAUSE);
     else afterPaint(slice);
@@ -316,7 +331,7 @@ export class Stage {
   fail(error) {
     console.warn(error);
     this.draw = this.picture = null;
-    this.job++;
+    this.drop();
     this.root.removeAttribute("aria-busy");
     this.root.replaceChildren(html("p", { class: "live-error", role: "alert" }, `This widget cannot go on: ${error.message}`));
   }
@@ -358,7 +373,7 @@ export class Stage {
 
   end() {
     this.draw = this.picture = null;
-    this.job++;
+    this.drop();
     clearTimeout(this.resting);
     this.observer?.disconnect();
     for (const [event, listener] of this.listening) this.model.off(event, listener);

@@ -13,6 +13,9 @@ const PATHS = 40;
 const REFERENCE = 1500;
 const NAMES = ["posterior", "Laplace", "best Gaussian", "flow", "score"];
 
+/** An answer's name within a sentence. */
+const spoken = (name) => (name === "posterior" || name === "best Gaussian" ? `the ${name}` : name);
+
 /** Where a list of cumulative shares is passed. */
 function pick(logWeights, u) {
   let k = 0;
@@ -121,7 +124,7 @@ export function holes(stage) {
       path.line("draws", xs, lines.flatMap((line) => [...line, NaN]), { color: colours[shown], width: 0.8 });
     };
     const missing = seen.filter((here) => !here).length;
-    const first = `${missing} of ${times} times are missing; J has ${bowls.length === 1 ? "one minimum" : `${bowls.length} minima`} within 20 nats.`;
+    const first = `${missing} of ${times} times are missing; J has ${bowls.length === 1 ? "one minimum" : `${bowls.length} minima`} within 20 nats. The paths are draws of ${spoken(shown)}.`;
     const share = (name) => Math.round((100 * draws[name].filter((x) => x[0] > 0).length) / draws[name].length);
     const last = () => ` Draws with x above zero: ${NAMES.map((name) => `${name} ${share(name)}%`).join(", ")}.`;
 
