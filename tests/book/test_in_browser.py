@@ -217,7 +217,7 @@ def test_a_table_that_a_cell_returns_is_a_table_and_in_sight(browser: Any, site:
     context.close()
 
 
-def test_one_search_box_and_it_finds(browser: Any, site: str) -> None:
+def test_there_is_one_search_box(browser: Any, site: str) -> None:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.goto(f"{site}/{NAMES[0]}.html", wait_until="load")
@@ -226,6 +226,30 @@ def test_one_search_box_and_it_finds(browser: Any, site: str) -> None:
         ".filter((button) => button.offsetParent !== null).length"
     )
     assert visible == 1
-    page.goto(f"{site}/search.html?q=posterior", wait_until="load")
-    page.wait_for_selector("#search-results li a", timeout=10_000)
+    context.close()
+
+
+@pytest.mark.parametrize("source", ["http", "file"])
+def test_a_search_finds_pages_and_complains_of_nothing(
+    browser: Any, base: str, source: str
+) -> None:
+    """From a server it shows where the word stands; from disk, where pages cannot be fetched, it
+    lists their titles.
+    """
+    context = browser.new_context()
+    page = context.new_page()
+    watch = Watch(page, base)
+    page.goto(f"{base}/search.html?q=posterior", wait_until="load")
+    page.wait_for_function(
+        "document.querySelector('#search-results')?.textContent.includes('Search finished')",
+        timeout=10_000,
+    )
+    found = page.evaluate(
+        "[...document.querySelectorAll('#search-results li a')].map((link) => link.pathname)"
+    )
+    assert len(found) > 5
+    assert any(path.endswith("/book/gibbs.html") for path in found)
+    if source == "http":
+        page.wait_for_selector("#search-results li p.context", timeout=10_000)
+    assert watch.complaints == []
     context.close()
