@@ -15,6 +15,7 @@ from pathlib import Path
 
 from amortlib.export import save
 from amortlib.observation import ContiguousGaps
+from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import ornstein_uhlenbeck
 from benchmarks.regression_ou import FRACTIONS, SEEDS, measure, summary, train
 from benchmarks.report import Bar, arguments, finish, table
@@ -25,12 +26,19 @@ STEPS, RATE = 8000, 1e-2
 WORST_KL, WORST_JACOBIAN = 0.1, 0.05
 
 
+def trained(*, quick: bool = False) -> tuple[AmortizedPosterior, float]:
+    """The head, and the seconds that it took."""
+    problem = ornstein_uhlenbeck(SIZE, timescale=TIMESCALE, noise=NOISE)
+    steps = 50 if quick else STEPS
+    return train("information", problem, steps=steps, rate=RATE, uses_sd=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, save."""
     args = arguments(__doc__.splitlines()[0], argv)
     problem = ornstein_uhlenbeck(SIZE, timescale=TIMESCALE, noise=NOISE)
     steps = 50 if args.quick else STEPS
-    model, seconds = train("information", problem, steps=steps, rate=RATE, uses_sd=True)
+    model, seconds = trained(quick=args.quick)
     metrics = {
         f"{fraction:g}": summary(measure(model, problem, ContiguousGaps(fraction, max_gaps=3)))
         for fraction in FRACTIONS

@@ -1,10 +1,15 @@
 """What the shipped head reaches, computed again on events it has not been measured on."""
 
 import math
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from _kit import heads
@@ -14,6 +19,10 @@ from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
 from benchmarks import bimodal, flow_lorenz63, fourdvarnet, refinement
 from benchmarks.regression_ou import FRACTIONS, measure
+
+EVERYTHING = pytest.mark.skipif(
+    not os.environ.get("AMORTLIB_ALL"), reason="compiles for a minute; AMORTLIB_ALL=1 runs it"
+)
 
 
 @pytest.mark.slow
@@ -134,3 +143,41 @@ def test_the_flow_is_as_near_to_the_posterior_as_is_recorded() -> None:
     # What is drawn from costs little where the posterior is met, and the record says it is.
     assert 0.0 < found["kl_median"] < 0.1
     assert {"0", "0.2", "0.4", "0.6", "0.8"} == set(record["metrics"])
+
+
+CHAPTERS = sorted((Path(__file__).parents[2] / "book").glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    "chapter",
+    [c for c in CHAPTERS if "heads import" in c.read_text() or "heads.load_" in c.read_text()],
+    ids=lambda c: c.stem,
+)
+def test_a_chapter_that_loads_weights_has_a_switch_to_train_them(chapter: Path) -> None:
+    """Off, and read by whatever loads: `load_...(retrain=retrain)`, or an `if` around both."""
+    code = "\n".join(re.findall(r"```{code-cell}.*?\n(.*?)```", chapter.read_text(), re.DOTALL))
+    calls = re.findall(r"\bload_(?:ou_head|fourdvarnet|lorenz63_flow|bimodal)\(([^()]*)\)", code)
+    assert calls
+    assert re.findall(r"^retrain = (.*?)(?:  #.*)?$", code, re.MULTILINE) == ["False"]
+    assert "\nif retrain:" in code or set(calls) == {"retrain=retrain"}
+
+
+RECIPES = [
+    ("ou_head", lambda found: found[0]),
+    pytest.param("fourdvarnet", lambda found: found[0].network, marks=EVERYTHING),
+    pytest.param("lorenz63_flow", lambda found: found[0], marks=EVERYTHING),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "model_of"), RECIPES)
+def test_the_switch_trains_what_the_file_holds(name: str, model_of: Callable) -> None:
+    """For a moment: of the same shapes as what is loaded, and with other numbers."""
+    load = getattr(heads, f"load_{name}")
+    kept, made = (
+        eqx.filter(model_of(found), eqx.is_inexact_array)
+        for found in (load(), load(retrain=True, quick=True))
+    )
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, kept)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (made, kept)), strict=True))
