@@ -4,8 +4,10 @@ import math
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,7 +19,14 @@ from _kit import heads
 from amortlib.export import CheckpointError, build_and_load, read_settings
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
-from benchmarks import bimodal, flow_lorenz63, fourdvarnet, refinement
+from benchmarks import (
+    all_weights,
+    bimodal,
+    flow_lorenz63,
+    fourdvarnet,
+    make_weights,
+    refinement,
+)
 from benchmarks.regression_ou import FRACTIONS, measure
 
 EVERYTHING = pytest.mark.skipif(
@@ -181,3 +190,24 @@ def test_the_switch_trains_what_the_file_holds(name: str, model_of: Callable) ->
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, kept)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (made, kept)), strict=True))
+
+
+def test_one_command_makes_every_file_and_says_which(capsys: pytest.CaptureFixture) -> None:
+    assert make_weights.main(["--list"]) == 0
+    listed = re.findall(r"book/weights/(\S+\.safetensors)", capsys.readouterr().out)
+    assert sorted(listed) == sorted(file.name for file in heads.WEIGHTS.iterdir())
+
+
+def test_a_command_that_fails_is_named_and_the_others_run(capsys: pytest.CaptureFixture) -> None:
+    ran = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, int("fourdvarnet" in command[2]))
+
+    assert all_weights.make_all(quick=True, run=run) == 1
+    assert ran == [[f"benchmarks.{name}", "--quick"] for name in all_weights.RECIPES]
+    assert "errors, in: fourdvarnet" in capsys.readouterr().out
+    assert (
+        all_weights.make_all(quick=False, run=lambda c, **_: subprocess.CompletedProcess(c, 0)) == 0
+    )
