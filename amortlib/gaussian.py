@@ -75,6 +75,13 @@ class AbstractDistribution(eqx.Module):
         """Standard deviation of each component."""
 
 
+def _from_mean(x: Array, loc: Array) -> Array:
+    # A state of one component would be spread over all of them, and trained on without a word.
+    if jnp.shape(x) != loc.shape:
+        raise ValueError(f"expected a state of shape {loc.shape}, got {jnp.shape(x)}")
+    return x - loc
+
+
 class Gaussian(AbstractDistribution):
     """N(loc, chol chol^T), dense.
 
@@ -104,7 +111,7 @@ class Gaussian(AbstractDistribution):
 
     def whiten(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """v with x = loc + B^{1/2} v: standard normal where x is drawn from this density."""
-        return solve_triangular(self.chol, x - self.loc, lower=True)
+        return solve_triangular(self.chol, _from_mean(x, self.loc), lower=True)
 
     def colour(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         """loc + B^{1/2} v, the inverse of `whiten`: the control-variable transform."""
@@ -250,7 +257,7 @@ class GaussMarkov(AbstractDistribution):
 
     def whiten(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """v = L^T (x - loc), standard normal where x is drawn from this density."""
-        return self._times_factor_t(x - self.loc).reshape(-1)
+        return self._times_factor_t(_from_mean(x, self.loc)).reshape(-1)
 
     def colour(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         """loc + L^-T v, the inverse of `whiten`: the control-variable transform."""

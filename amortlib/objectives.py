@@ -57,7 +57,7 @@ def dsm(
         )
     keys = jax.random.split(key, x.shape[0])
     return jnp.mean(
-        jax.vmap(lambda x, event, key: loss(model.encoder(event), x, key=key))(x, events, keys)
+        jax.vmap(lambda x, event, key: loss(model.context(event), x, key=key))(x, events, keys)
     )
 
 

@@ -42,8 +42,8 @@ class AmortizedPosterior(eqx.Module):
     encoder: AbstractEncoder
     head: AbstractHead
 
-    def __call__(self, event: Event) -> AbstractDistribution:
-        """The posterior of one event.
+    def context(self, event: Event) -> Any:
+        """What the encoder makes of one event, for the head to read.
 
         Raises:
             InvalidEventError: where the event's shape is not the one this posterior was made for,
@@ -62,7 +62,11 @@ class AmortizedPosterior(eqx.Module):
                 "expected an event with its observation-error sd, got sd=None: "
                 "this posterior was trained on error bars that differ between events"
             )
-        return self.head(self.encoder(event))
+        return self.encoder(event)
+
+    def __call__(self, event: Event) -> AbstractDistribution:
+        """The posterior of one event; it refuses what [`context`][] refuses."""
+        return self.head(self.context(event))
 
     def sample(self, event: Event, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws from q(. | event)."""

@@ -130,6 +130,8 @@ class Box(eqx.Module):
 
     def holds(self, x: Float[Array, " d"]) -> Bool[Array, " d"]:
         """Whether each is in its interval, finite ends included; NaN and infinity are nowhere."""
+        if jnp.shape(x) != (self.dim,):
+            raise ValueError(f"expected a state of shape {(self.dim,)}, got {jnp.shape(x)}")
         low, high = (jnp.asarray(end, x.dtype) for end in (self.low, self.high))
         return (x >= low) & (x <= high) & jnp.isfinite(x)
 

@@ -22,10 +22,19 @@ from tqdm import tqdm
 
 from amortlib.export import CheckpointError, load, read_settings, save
 from amortlib.pairs import AbstractBatches, from_pairs
-from amortlib.types import Array, Event, Fixed, Key, PyTree
+from amortlib.types import (
+    Array,
+    Event,
+    Fixed,
+    InvalidEventError,
+    Key,
+    PyTree,
+    refuse_unusable,
+)
 
 __all__ = [
     "FitResult",
+    "InvalidBatchError",
     "TrainingDivergedError",
     "fit",
     "from_pairs",
@@ -39,6 +48,10 @@ Objective = Callable[[Any, Any, Key], Array]
 
 _STREAM = 2**32 - 1
 """Folded into a run's key for a stream of minibatches: a number that no step has."""
+
+
+class InvalidBatchError(ValueError):
+    """A batch that no objective can take: the message says which part, and the key that drew it."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -235,10 +248,14 @@ def fit(
 
     Raises:
         ValueError: on settings that do not fit together, or an objective that returns more than
-            one number.
-        TrainingDivergedError: as soon as a chunk holds a loss that is not finite, or ends in
-            parameters that are not. The last good state is in the checkpoint, the first one
-            where there was no other. A batch that is not finite itself is named with its row.
+            one number. What the objective itself raises carries a note on the batch that it was
+            given: its shapes, and its key.
+        InvalidBatchError: before anything is compiled, on events whose mask is not boolean or of
+            another shape than their values, or states that are not one row an event.
+        TrainingDivergedError: after the first step, and then as soon as a chunk holds a loss that
+            is not finite, or ends in parameters that are not. The last good state is in the
+            checkpoint, the first one where there was no other. A batch that is not finite itself
+            is named with its row.
         CheckpointError: on resuming from a file that is damaged or of another run: other steps,
             key, kind of random numbers, average, or a differently named objective, or an
             optimiser of other parts. Numbers inside an optimiser (its rate) cannot be told apart.
@@ -334,6 +351,32 @@ def fit(
         _same_run(checkpoint, read_settings(checkpoint), run_settings)
         state = load(checkpoint, state)
 
+    def drawn(step: int) -> tuple[Any, Key]:
+        """Shapes and dtypes of a step's batch, found without running anything, and its key."""
+        k_batch, _ = jax.random.split(jax.random.fold_in(key, step))
+        return jax.eval_shape(draw, source, jnp.asarray(step, jnp.int32), k_batch), k_batch
+
+    def refuse_bad(start: int, losses: Float[np.ndarray, " n"], bad_params: Array) -> None:
+        """Stop at numbers that are not finite, with the state as it was at step `start` saved."""
+        finite = np.isfinite(losses)
+        # The last update of a chunk is not in any of its losses: look at what it left.
+        if finite.all() and not bool(bad_params):
+            return
+        bad = start + (len(losses) - 1 if finite.all() else int(np.argmin(finite)))
+        k_bad = jax.random.fold_in(key, bad)
+        if checkpoint is not None:
+            save(checkpoint, state, settings=run_settings)
+        what = "and the parameters it left not finite " if finite.all() else ""
+        batch = draw(source, jnp.asarray(bad, jnp.int32), jax.random.split(k_bad)[0])
+        raise TrainingDivergedError(
+            f"the loss was {losses[bad - start]} {what}at step {bad}, with the key "
+            f"{_key_words(k_bad)}; {_blame(batch)}the model of step {start} is in this "
+            "error's `model`" + ("" if checkpoint is None else f" and its state in {checkpoint}"),
+            step=bad,
+            key=k_bad,
+            model=eqx.combine(answer(state.carry), static),
+        )
+
     stopped = f"all {steps} steps were run"
     compiled = check = None
     bar = tqdm(
@@ -358,30 +401,23 @@ def fit(
                     break
             begin, number = jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)
             if compiled is None:
-                compiled = jax.jit(run).lower(state.carry, source, begin, number).compile()
+                _refuse_misfits(*drawn(start))
+                try:
+                    compiled = jax.jit(run).lower(state.carry, source, begin, number).compile()
+                except Exception as err:
+                    err.add_note(_shapes(*drawn(start)))
+                    raise
                 if validation is not None:
                     check = jax.jit(validate).lower(params, held).compile()
+                # One step alone: a fault that shows at once is told before a chunk of many.
+                _, _, losses, bad_params = compiled(
+                    state.carry, source, begin, jnp.asarray(1, jnp.int32)
+                )
+                refuse_bad(start, np.asarray(losses)[:1], bad_params)
             clock = perf_counter()
             carry, found, losses, bad_params = compiled(state.carry, source, begin, number)
             losses = np.asarray(losses)[:count]
-            finite = np.isfinite(losses)
-            # The last update of a chunk is not in any of its losses: look at what it left.
-            if not finite.all() or bool(bad_params):
-                bad = start + (count - 1 if finite.all() else int(np.argmin(finite)))
-                k_bad = jax.random.fold_in(key, bad)
-                if checkpoint is not None:
-                    save(checkpoint, state, settings=run_settings)
-                what = "and the parameters it left not finite " if finite.all() else ""
-                batch = draw(source, jnp.asarray(bad, jnp.int32), jax.random.split(k_bad)[0])
-                raise TrainingDivergedError(
-                    f"the loss was {losses[bad - start]} {what}at step {bad}, with the key "
-                    f"{_key_words(k_bad)}; {_blame(batch)}the model of step {start} is in this "
-                    "error's `model`"
-                    + ("" if checkpoint is None else f" and its state in {checkpoint}"),
-                    step=bad,
-                    key=k_bad,
-                    model=eqx.combine(answer(state.carry), static),
-                )
+            refuse_bad(start, losses, bad_params)
             value = None if check is None else float(check(found, held))
             took = perf_counter() - clock
             state = _advance(state, carry, found, losses, value, took, every)
@@ -488,6 +524,39 @@ def _same_run(path: str | os.PathLike, found: dict[str, Any], expected: dict[str
 
 
 # --- whose fault it was -----------------------------------------------------------------------
+
+
+def _refuse_misfits(batch: Any, key: Key) -> None:
+    """Refuse a batch by the shapes and dtypes of its events, and of the states beside them."""
+    where = f"the batch that is drawn with the key {_key_words(key)}"
+    leaves = jax.tree_util.tree_flatten_with_path(batch, is_leaf=lambda n: isinstance(n, Event))[0]
+    for path, event in leaves:
+        if not isinstance(event, Event):
+            continue
+        try:
+            refuse_unusable(event)
+        except InvalidEventError as err:
+            raise InvalidBatchError(
+                f"{where}, at batch{jax.tree_util.keystr(path)}: {err}"
+            ) from err
+    match batch:
+        case (jax.ShapeDtypeStruct() as x, Event() as events):
+            if len(x.shape) < 2 or x.shape[:1] != events.y.shape[:1]:
+                raise InvalidBatchError(
+                    f"{where}: expected states (n, d) and an event for each, got states of shape "
+                    f"{x.shape} and events of shape {events.y.shape}; "
+                    "`problem.check` looks at each function of a simulator"
+                )
+
+
+def _shapes(batch: Any, key: Key) -> str:
+    """What was drawn, for a person whose objective could not take it."""
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    each = [f"batch{jax.tree_util.keystr(p)} {leaf.dtype}{leaf.shape}" for p, leaf in leaves]
+    return (
+        f"This came of a batch of {', '.join(each)}, drawn with the key {_key_words(key)}. Where "
+        "a shape is not as meant, `problem.check` looks at each function of a simulator."
+    )
 
 
 def _blame(batch: Any) -> str:

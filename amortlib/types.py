@@ -142,7 +142,7 @@ def _refuse_infinite(name: str, values: np.ndarray, seen: np.ndarray) -> None:
 def refuse_unusable(event: Event) -> None:
     """Refuse an event that was built by hand and that no posterior can read.
 
-    What is inside a compiled program has a shape and a dtype, and no values to look at.
+    What is inside a compiled program, or is a shape alone, has no values to look at.
 
     Raises:
         InvalidEventError: on a mask of another shape than `y` or that is not boolean; on a value
@@ -156,7 +156,7 @@ def refuse_unusable(event: Event) -> None:
         raise InvalidEventError(
             f"expected a mask of the shape of y, {event.y.shape}, got {event.mask.shape}"
         )
-    if not (isinstance(event.y, Tracer) or isinstance(event.mask, Tracer)):
+    if not any(isinstance(a, Tracer | jax.ShapeDtypeStruct) for a in (event.y, event.mask)):
         _refuse_infinite("values", np.asarray(event.y), np.asarray(event.mask))
 
 

@@ -36,6 +36,20 @@ from tools.browser import ARGUMENTS, find_browser
 KIT = Path(__file__).parent.parent / "book"
 MEDIAN_MS, LAST_MS, NEXT_PAINT_MS = 8.0, 16.0, 50.0
 SLOWER = 4
+USUAL = {
+    "energy landscape": ("break-even", 6.7),
+    "ladder": ("break-even", 5.3),
+    "one hole": ("break-even", 5.3),
+    "gap explorer": ("break-even", 2.7),
+    "faults": ("break-even", 5.0),
+    "break-even": ("gap explorer", 0.38),
+}
+"""Median of draw over that of another widget in the same run: the simplest one, and for that one
+the next. A ratio means the same on a machine that is slow or busy; paint would not show a draw ten
+times as long, since most of it is the browser's own frame."""
+ROOM = 5.0
+"""Times the usual ratio: more than the coarse clock (0.1 ms of 0.3) and a busy machine make of it,
+and less than ten."""
 SETTLE_MS = 500
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A widget</title>
@@ -158,6 +172,19 @@ def measure(widgets: dict[str, Any], moves: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def speeds(found: dict[str, dict[str, float]]) -> list[Bar]:
+    """That no widget has become slower beside another."""
+    return [
+        Bar.check(
+            f"{name}: draw, median over that of {other}",
+            found[name]["draw_median"] / max(found[other]["draw_median"], 0.1),
+            "<=",
+            ROOM * usual,
+        )
+        for name, (other, usual) in USUAL.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, and say whether the bars hold."""
     args = arguments(__doc__.splitlines()[0], argv)
@@ -195,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bars.append(Bar.check(f"{name}: paint, p99 ms", row["paint_p99"], "<=", LAST_MS))
         slow = f"{name}: next paint at {SLOWER} times slower, p98 ms"
         bars.append(Bar.check(slow, row["next_paint_p98"], "<=", NEXT_PAINT_MS))
+    bars += speeds(found)
     return finish(args, name="widgets", results=found, bars=bars, seeds={})
 
 

@@ -16,7 +16,7 @@ from amortlib.gaussian import Gaussian
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.types import Event
-from benchmarks import encoders, fourdvarnet, make_weights, refinement
+from benchmarks import encoders, make_weights, widgets
 from benchmarks.clear_flow import KEPT, Pool, draws_of
 from benchmarks.flow_lorenz63 import FLOW_BATCH
 from benchmarks.regression_ou import (
@@ -125,6 +125,7 @@ if os.environ.get("AMORTLIB_ALL"):
         ("one_pass", "taught by"),
         ("search_gates", "caught"),
         ("clear_flow", "first percentile"),
+        ("bimodal", "mode weight"),
     ]
 
 
@@ -132,7 +133,7 @@ if os.environ.get("AMORTLIB_ALL"):
 def test_a_quick_run_prints_its_table_and_writes_its_data(
     name: str, column: str, tmp_path: Path
 ) -> None:
-    files = (make_weights.FILE, fourdvarnet.FILE, refinement.FILE)
+    files = sorted(make_weights.FILE.parent.iterdir())
     before = [file.read_bytes() for file in files]
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(out)]
@@ -150,3 +151,23 @@ def test_a_quick_run_prints_its_table_and_writes_its_data(
         assert isinstance(bar["holds"], bool)
     assert data["bars"]
     assert [file.read_bytes() for file in files] == before, "a quick run writes no weights"
+    slow = [
+        bar["name"] for bar in data["bars"] if "over that of" in bar["name"] and not bar["holds"]
+    ]
+    assert name != "widgets" or slow == []
+
+
+@pytest.mark.parametrize("name", widgets.USUAL)
+def test_a_widget_that_is_ten_times_slower_is_told(name: str) -> None:
+    """By the ratios of one run; nothing is told of the usual ones, or of a machine that is slow."""
+    draw = {"break-even": 1.0, "gap explorer": 2.7}
+    draw |= {n: usual for n, (other, usual) in widgets.USUAL.items() if other == "break-even"}
+    found = {n: {"draw_median": 0.3 * value} for n, value in draw.items()}
+    assert all(bar.holds for bar in widgets.speeds(found))
+    assert all(
+        bar.holds for bar in widgets.speeds({n: {"draw_median": 9 * v} for n, v in draw.items()})
+    )
+    found[name]["draw_median"] *= 10
+    told = [bar.name for bar in widgets.speeds(found) if not bar.holds]
+    assert [n for n in told if n.startswith(f"{name}: ")] == told
+    assert told

@@ -9,17 +9,53 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from amortlib.posterior import AmortizedPosterior, in_buckets, regression_posterior
+from amortlib.encoders import FlatEncoder
+from amortlib.heads import MixtureHead
+from amortlib.posterior import (
+    AmortizedPosterior,
+    flow_posterior,
+    in_buckets,
+    regression_posterior,
+    score_posterior,
+)
 from amortlib.problems import ornstein_uhlenbeck
-from amortlib.types import Event
+from amortlib.types import Array, Event, Key
 
 SITES = 8
+REGRESSION = ("information", "cholesky", "diagonal")
+OTHERS = ("mixture", "flow", "score")
+SMALL = {"features": 4, "encoder_width": 4, "encoder_depth": 1, "width": 4, "depth": 1}
 
 
-@pytest.fixture(scope="module", params=["information", "cholesky", "diagonal"])
+def built(kind: str) -> AmortizedPosterior:
+    """Of the smallest size: what is counted does not depend on it."""
+    prior, key = ornstein_uhlenbeck(SITES).prior, jax.random.key(0)
+    if kind in REGRESSION:
+        return regression_posterior(kind, key=key, prior=prior)
+    if kind == "mixture":
+        flat = FlatEncoder((SITES,), key=key, features=4, width=4, depth=1)
+        units = {"centre": prior.loc, "scale": prior.sd()}
+        return AmortizedPosterior(flat, MixtureHead(4, SITES, key=key, components=2, **units))
+    shared = {"key": key, "prior": prior, "obs_shape": (SITES,), "components": 2, **SMALL}
+    return (
+        flow_posterior(layers=1, transformer="affine", **shared)
+        if kind == "flow"
+        else score_posterior(**shared)
+    )
+
+
+@pytest.fixture(scope="module", params=REGRESSION)
 def posterior(request: pytest.FixtureRequest) -> AmortizedPosterior:
-    prior = ornstein_uhlenbeck(SITES).prior
-    return regression_posterior(request.param, key=jax.random.key(0), prior=prior)
+    return built(request.param)
+
+
+class Draws(eqx.Module):
+    """What is asked of an event and a key: the model is data, as it is in a method of it."""
+
+    model: AmortizedPosterior
+
+    def __call__(self, event: Event, key: Key) -> Array:
+        return self.model.sample(event, 3, key=key)
 
 
 def _events(n: int, seed: int) -> Event:
@@ -66,6 +102,33 @@ def test_one_event_is_compiled_once_whatever_its_mask(
     key = jax.random.key(1)
     program(posterior, events[0], key)
     assert _compiled(lambda: [program(posterior, e, key) for e in events], caplog) == []
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_heads_that_are_no_gaussian_are_compiled_once_for_a_bucket_and_for_an_event(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Masks, events, weights and their number within the bucket change; draws have to, too."""
+    model = built(kind)
+    trained = jax.tree.map(lambda a: 1.01 * a if eqx.is_inexact_array(a) else a, model)
+    inputs = [
+        (which, _events(n, seed=n), jax.random.split(jax.random.key(n), 4)[:n])
+        for which, n in ((Draws(model), 4), (Draws(model), 3), (Draws(trained), 4))
+    ]
+    ask, events, keys = inputs[0]
+    first = _compiled(lambda: in_buckets(ask, events, keys), caplog)
+    assert sum("_mapped" in name for name in first) == 1
+    drawn = []
+    rest = [lambda given=given: drawn.append(in_buckets(*given)) for given in inputs]
+    assert [_compiled(run, caplog) for run in rest] == [[]] * len(inputs)
+    assert [len(x) for x in drawn] == [4, 3, 4]
+    assert (drawn[0] != drawn[2]).any()
+
+    program = eqx.filter_jit(lambda ask, event, key: ask(event, key))
+    singles = [jax.tree.map(lambda leaf: leaf[0], _events(1, seed=seed)) for seed in range(3)]
+    assert len({e.mask.tobytes() for e in map(jax.device_get, singles)}) == 3
+    program(ask, singles[0], keys[0])
+    assert _compiled(lambda: [program(ask, e, keys[0]) for e in singles], caplog) == []
 
 
 def test_padding_does_not_change_an_answer(posterior: AmortizedPosterior) -> None:

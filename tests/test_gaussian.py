@@ -408,3 +408,13 @@ def test_slopes_are_finite_where_masked_entries_hold_nan(x64):
     slope = np.asarray(jax.jit(jax.grad(evidence))(jnp.asarray(y)))
     assert np.all(slope[~mask] == 0)
     np.testing.assert_allclose(slope[mask], -np.linalg.solve(gram, y[mask]), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("kind", [Gaussian, GaussMarkov])
+def test_a_state_of_another_size_is_refused_and_not_spread_over_the_components(kind, size):
+    density = Gaussian(jnp.zeros(3), jnp.eye(3))
+    if kind is GaussMarkov:
+        density = markov(3, 1)[0]
+    with pytest.raises(ValueError, match=rf"a state of shape \(3,\), got \({size},\)"):
+        density.log_prob(jnp.zeros(size))

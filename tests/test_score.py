@@ -31,7 +31,7 @@ from amortlib.observation import GaussianNoise, NoGaps
 from amortlib.posterior import AmortizedPosterior, regression_posterior, score_posterior
 from amortlib.problems import InverseProblem, ornstein_uhlenbeck
 from amortlib.training import fit
-from amortlib.types import Event, to_double
+from amortlib.types import Event, InvalidEventError, to_double
 
 KEY = jax.random.key(0)
 WEIGHT = np.array([0.3, 0.7])
@@ -448,6 +448,22 @@ def test_a_head_without_a_denoising_loss_is_sent_to_nll() -> None:
     assert isinstance(model.head, InformationHead)
     with pytest.raises(ValueError, match="InformationHead; train it with nll"):
         dsm(model, problem.batch(KEY, 2), KEY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: jax.tree.map(lambda leaf: leaf[:, :2], e), r"event of shape \(3,\), got \(2,\)"),
+        (lambda e: eqx.tree_at(lambda e: e.mask, e, 1.0 * e.mask), "expected a boolean mask"),
+    ],
+    ids=["shape", "mask"],
+)
+def test_the_denoising_loss_reads_no_event_that_the_posterior_refuses(change, message) -> None:
+    problem = ornstein_uhlenbeck(3)
+    model = score_posterior(key=KEY, prior=problem.prior, obs_shape=(3,), components=0)
+    x, events = problem.batch(KEY, 2)
+    with pytest.raises(InvalidEventError, match=message):
+        eqx.filter_eval_shape(dsm, model, (x, change(events)), KEY)
 
 
 class TwoPlaces(eqx.Module):

@@ -366,3 +366,8 @@ def test_it_compiles_once_for_every_mask(small) -> None:
 def test_a_width_of_nothing_in_single_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="a width that single precision can hold"):
         Box(0.0, 1e-46)
+
+
+def test_a_state_of_one_component_is_not_spread_over_a_box_of_two() -> None:
+    with pytest.raises(ValueError, match=r"a state of shape \(2,\), got \(1,\)"):
+        Q.log_prob(jnp.ones(1))

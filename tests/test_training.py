@@ -16,17 +16,19 @@ import amortlib.training as training
 from amortlib.export import CheckpointError, read_settings, save
 from amortlib.gaussian import condition, kl
 from amortlib.objectives import nll
-from amortlib.posterior import regression_posterior
-from amortlib.problems import ornstein_uhlenbeck
+from amortlib.observation import FixedMask
+from amortlib.posterior import AmortizedPosterior, regression_posterior
+from amortlib.problems import InverseProblem, ornstein_uhlenbeck
 from amortlib.training import (
     FitResult,
+    InvalidBatchError,
     TrainingDivergedError,
     fit,
     optimizer_state,
     train_step,
     trainable,
 )
-from amortlib.types import Fixed
+from amortlib.types import Fixed, InvalidEventError
 
 KEY = jax.random.key(0)
 SLOPE = np.array([1.5, -0.5], np.float32)
@@ -621,6 +623,132 @@ def test_a_last_update_that_is_not_finite_is_not_returned_and_the_good_state_is_
     mended = in_place_of(bad_gradient)(lambda model, batch, key: model.offset)
     result = run(objective=mended, **settings, resume=True)
     np.testing.assert_array_equal(result.loss, 1.0 - np.arange(steps))
+
+
+# --- a simulator that is broken ---------------------------------------------------------------
+
+SITES = 3
+SIMULATOR = ornstein_uhlenbeck(SITES, noise=0.3)
+SEEN = jnp.array([True, True, False])
+
+
+@pytest.fixture(scope="module")
+def small() -> AmortizedPosterior:
+    return regression_posterior(
+        "diagonal", key=KEY, prior=SIMULATOR.prior, features=4, width=4, depth=1
+    )
+
+
+def broken(**changed: Callable) -> Callable:
+    """Batches of a person's simulator, of which some functions are not as documented."""
+    own = {name: getattr(SIMULATOR, name) for name in ("prior_sample", "forward", "obs_noise")}
+    problem = InverseProblem(**(own | {"gaps": FixedMask(SEEN)} | changed))
+    return lambda key: problem.batch(key, 8)
+
+
+def masked_by(change: Callable) -> Callable:
+    """Batches of a person's own code; the tests' type checks would refuse to build such events."""
+
+    def draw(key):
+        x, events = SIMULATOR.batch(key, 8)
+        return x, eqx.tree_at(lambda e: e.mask, events, change(events.mask))
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("simulator", "error", "message"),
+    [
+        (
+            masked_by(lambda mask: 1.0 * mask),
+            InvalidBatchError,
+            r"drawn with the key KEY, at batch\[1\]: expected a boolean mask",
+        ),
+        (
+            masked_by(lambda mask: mask[:, :2]),
+            InvalidBatchError,
+            r"drawn with the key KEY, at batch\[1\]: expected a mask of the shape of y, \(8, 3\)",
+        ),
+        (
+            broken(prior_sample=lambda key: jax.random.normal(key), forward=lambda x: x * SEEN),
+            InvalidBatchError,
+            r"drawn with the key KEY: expected states \(n, d\).*shape \(8,\)",
+        ),
+        (
+            lambda key: (SIMULATOR.batch(key, 4)[0], SIMULATOR.batch(key, 8)[1]),
+            InvalidBatchError,
+            r"drawn with the key KEY: expected states \(n, d\).*\(4, 3\).*\(8, 3\)",
+        ),
+        (
+            broken(
+                prior_sample=lambda key: jax.random.normal(key, (1,)), forward=lambda x: x * SEEN
+            ),
+            ValueError,
+            r"expected a state of shape \(3,\), got \(1,\).*batch\[0\] float32\(8, 1\).*key KEY",
+        ),
+        (
+            broken(forward=lambda x: x[:2], gaps=FixedMask(SEEN[:2])),
+            InvalidEventError,
+            r"an event of shape \(3,\), got \(2,\).*batch\[1\].y float32\(8, 2\).*key KEY",
+        ),
+    ],
+    ids=["mask of numbers", "mask's shape", "no axis", "rows", "one component", "observations"],
+)
+def test_a_simulator_of_wrong_shapes_is_refused_with_the_key(small, simulator, error, message):
+    """Before anything runs. Each was made by the first step's key for batches."""
+    k_batch, _ = jax.random.split(jax.random.fold_in(KEY, 0))
+    words = re.escape(str(jax.random.key_data(k_batch).tolist()))
+    with pytest.raises(error, match="(?s)" + message.replace("KEY", words)):
+        fit(small, nll, simulator, **BASE)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_value_that_is_not_finite_stops_the_first_step(small, value):
+    """And not the end of the first chunk: one batch is drawn, and once more to be looked at."""
+    drawn = []
+
+    def forward(x):
+        jax.debug.callback(lambda: drawn.append(None))
+        return x.at[1].set(value)
+
+    simulator = broken(forward=forward)
+    with pytest.raises(TrainingDivergedError) as caught:
+        fit(small, nll, lambda key: simulator(key), **(BASE | {"every": 40}))
+    jax.effects_barrier()
+    assert len(drawn) == 2
+    assert caught.value.step == 0
+    words = str(jax.random.key_data(jax.random.fold_in(KEY, 0)).tolist())
+    assert f"at step 0, with the key {words}; the batch that this key draws" in str(caught.value)
+    assert f"{value} at index (0, 1) of batch[1][0]" in str(caught.value)
+
+
+def test_what_stands_at_masked_entries_is_no_fault(small):
+    simulator = broken(forward=lambda x: x.at[2].set(jnp.nan))
+    assert np.isfinite(fit(small, nll, simulator, **BASE).loss).all()
+
+
+def test_a_simulator_that_fails_later_is_named_and_the_good_state_saved(small, tmp_path):
+    """One draw in some hundreds is infinite: the step and the key are those that drew it, and a
+    mended simulator goes on from the state that was saved.
+    """
+
+    def forward(x):
+        return x.at[0].set(jnp.where(x[0] > 2.3, jnp.inf, x[0]))
+
+    settings = BASE | {"steps": 60, "every": 5, "checkpoint": tmp_path / "state"}
+    with pytest.raises(TrainingDivergedError) as caught:
+        fit(small, nll, broken(forward=forward), **settings)
+    error = caught.value
+    assert error.step >= 5
+    words = str(jax.random.key_data(error.key).tolist())
+    for part in (f"at step {error.step}, with the key {words}; the batch", "inf at", "batch[1][0]"):
+        assert part in str(error)
+    draw = jax.jit(broken(forward=forward))
+    for step in range(error.step + 1):
+        k_batch, _ = jax.random.split(jax.random.fold_in(KEY, step))
+        assert np.isinf(draw(k_batch)[1].y).any() == (step == error.step)
+    result = fit(small, nll, broken(), **settings, resume=True)
+    assert np.isfinite(result.loss).all()
 
 
 # --- settings that do not fit -----------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Heads that pages load instead of training: how each is built, made, and read back.
 
 Weights are made by `python -m benchmarks.NAME` (`make_weights`, `fourdvarnet`, `flow_lorenz63`,
-`bimodal`), which records what they reach.
+`bimodal`), which records what they reach. `retrain=True` runs that recipe on the spot instead of
+reading its file, and writes nothing; the recipes are in the repository, beside the book.
 """
 
 from __future__ import annotations
@@ -45,12 +46,22 @@ def build_ou(n: int = 32, timescale: float = 8.0, **_: Any) -> AmortizedPosterio
     return regression_posterior("information", key=jax.random.key(0), prior=prior, uses_sd=True)
 
 
-def load_ou_head() -> tuple[AmortizedPosterior, InverseProblem]:
+def load_ou_head(
+    *, retrain: bool = False, quick: bool = False
+) -> tuple[AmortizedPosterior, InverseProblem]:
     """The trained head and its problem.
+
+    Args:
+        retrain: train it here, a minute or two, by `benchmarks.make_weights`.
+        quick: for a moment only, which shows that it works.
 
     Raises:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.
     """
+    if retrain:
+        from benchmarks import make_weights
+
+        return make_weights.trained(quick=quick)[0], ou_problem()
     return build_and_load(OU_FILE, build_ou), ou_problem()
 
 
@@ -59,16 +70,30 @@ def build_fourdvarnet(sizes: dict[str, int], **_: Any) -> FourDVarNetwork:
     return fourdvar_network(lorenz63(), key=jax.random.key(0), **sizes)
 
 
-def load_fourdvarnet() -> tuple[FourDVarNet, dict[str, Any]]:
+def load_fourdvarnet(
+    *, retrain: bool = False, quick: bool = False
+) -> tuple[FourDVarNet, dict[str, Any]]:
     """The trained solver for the standard Lorenz-63 window, and the record of its training.
+
+    Args:
+        retrain: train it here, some ten minutes, by `benchmarks.fourdvarnet`; the record has its
+            seconds, and all else of the file.
+        quick: for a moment only, which shows that it works.
 
     Raises:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.
     """
-    network = build_and_load(FOURDVARNET_FILE, build_fourdvarnet)
+    record = read_settings(FOURDVARNET_FILE)["record"]
+    if retrain:
+        from benchmarks import fourdvarnet
+
+        sizes = {"steps": 2, "batch": 8} if quick else {"steps": fourdvarnet.STEPS}
+        network, seconds = fourdvarnet.train(**sizes)
+        record = record | {"seconds": seconds}
+    else:
+        network = build_and_load(FOURDVARNET_FILE, build_fourdvarnet)
     problem = lorenz63()
-    solver = FourDVarNet(Energy(problem.prior, problem.forward), network)
-    return solver, read_settings(FOURDVARNET_FILE)["record"]
+    return FourDVarNet(Energy(problem.prior, problem.forward), network), record
 
 
 def build_lorenz63_flow(sizes: dict[str, dict[str, int]], **_: Any) -> AmortizedPosterior:
@@ -86,16 +111,28 @@ def build_lorenz63_flow(sizes: dict[str, dict[str, int]], **_: Any) -> Amortized
     )
 
 
-def load_lorenz63_flow() -> tuple[AmortizedPosterior, InverseProblem, dict[str, Any]]:
+def load_lorenz63_flow(
+    *, retrain: bool = False, quick: bool = False
+) -> tuple[AmortizedPosterior, InverseProblem, dict[str, Any]]:
     """The trained flow for the standard Lorenz-63 window, its problem, and its record.
 
     The regression head that it starts from is `model.encoder.guess.tree`.
 
+    Args:
+        retrain: train it here, some minutes, by `benchmarks.flow_lorenz63`; the record has its
+            seconds, and all else of the file.
+        quick: for a moment only, which shows that it works.
+
     Raises:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.
     """
-    model = build_and_load(FLOW_FILE, build_lorenz63_flow)
-    return model, lorenz63(), read_settings(FLOW_FILE)["record"]
+    record = read_settings(FLOW_FILE)["record"]
+    if retrain:
+        from benchmarks import flow_lorenz63
+
+        model, seconds = flow_lorenz63.train(quick=quick)
+        return model, lorenz63(), record | {"seconds": seconds}
+    return build_and_load(FLOW_FILE, build_lorenz63_flow), lorenz63(), record
 
 
 def build_bimodal_score(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:

@@ -1,10 +1,17 @@
 """What the shipped head reaches, computed again on events it has not been measured on."""
 
 import math
+import os
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from _kit import heads
@@ -12,7 +19,14 @@ from _kit import heads
 from amortlib.export import CheckpointError, build_and_load, read_settings
 from amortlib.observation import ContiguousGaps
 from amortlib.problems import ornstein_uhlenbeck
-from benchmarks import bimodal, flow_lorenz63, fourdvarnet, refinement
+from benchmarks import (
+    all_weights,
+    bimodal,
+    flow_lorenz63,
+    fourdvarnet,
+    make_weights,
+    refinement,
+)
 from benchmarks.regression_ou import FRACTIONS, measure
 
 
@@ -134,3 +148,64 @@ def test_the_flow_is_as_near_to_the_posterior_as_is_recorded() -> None:
     # What is drawn from costs little where the posterior is met, and the record says it is.
     assert 0.0 < found["kl_median"] < 0.1
     assert {"0", "0.2", "0.4", "0.6", "0.8"} == set(record["metrics"])
+
+
+CHAPTERS = sorted((Path(__file__).parents[2] / "book").glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    "chapter",
+    [c for c in CHAPTERS if "heads import" in c.read_text() or "heads.load_" in c.read_text()],
+    ids=lambda c: c.stem,
+)
+def test_a_chapter_that_loads_weights_has_a_switch_to_train_them(chapter: Path) -> None:
+    """Off, and read by whatever loads: `load_...(retrain=retrain)`, or an `if` around both."""
+    code = "\n".join(re.findall(r"```{code-cell}.*?\n(.*?)```", chapter.read_text(), re.DOTALL))
+    calls = re.findall(r"\bload_(?:ou_head|fourdvarnet|lorenz63_flow|bimodal)\(([^()]*)\)", code)
+    assert calls
+    assert re.findall(r"^retrain = (.*?)(?:  #.*)?$", code, re.MULTILINE) == ["False"]
+    assert "\nif retrain:" in code or set(calls) == {"retrain=retrain"}
+
+
+RECIPES: list[tuple[str, Callable]] = [("ou_head", lambda found: found[0])]
+if os.environ.get("AMORTLIB_ALL"):
+    # They compile for a minute.
+    RECIPES += [
+        ("fourdvarnet", lambda found: found[0].network),
+        ("lorenz63_flow", lambda found: found[0]),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "model_of"), RECIPES)
+def test_the_switch_trains_what_the_file_holds(name: str, model_of: Callable) -> None:
+    """For a moment: of the same shapes as what is loaded, and with other numbers."""
+    load = getattr(heads, f"load_{name}")
+    kept, made = (
+        eqx.filter(model_of(found), eqx.is_inexact_array)
+        for found in (load(), load(retrain=True, quick=True))
+    )
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, kept)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (made, kept)), strict=True))
+
+
+def test_one_command_makes_every_file_and_says_which(capsys: pytest.CaptureFixture) -> None:
+    assert make_weights.main(["--list"]) == 0
+    listed = re.findall(r"book/weights/(\S+\.safetensors)", capsys.readouterr().out)
+    assert sorted(listed) == sorted(file.name for file in heads.WEIGHTS.iterdir())
+
+
+def test_a_command_that_fails_is_named_and_the_others_run(capsys: pytest.CaptureFixture) -> None:
+    ran = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, int("fourdvarnet" in command[2]))
+
+    assert all_weights.make_all(quick=True, run=run) == 1
+    assert ran == [[f"benchmarks.{name}", "--quick"] for name in all_weights.RECIPES]
+    assert "errors, in: fourdvarnet" in capsys.readouterr().out
+    assert (
+        all_weights.make_all(quick=False, run=lambda c, **_: subprocess.CompletedProcess(c, 0)) == 0
+    )
