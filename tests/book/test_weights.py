@@ -103,12 +103,13 @@ def test_the_heads_with_two_pieces_reach_what_is_recorded(name: str) -> None:
 
 
 def test_the_table_of_the_chapter_is_of_the_heads_that_are_shipped() -> None:
-    """What the benchmark's data say of a head is the record in its file."""
+    """What the benchmark's data say of a head is the record in its file; times may be of another run."""
     table = json.loads((heads.WEIGHTS.parent / "data" / "bimodal.json").read_text())["results"]
     assert set(heads.BIMODAL_FILES) == set(bimodal.FILES) < set(table)
     for name, file in heads.BIMODAL_FILES.items():
         record = read_settings(file)["record"]
-        assert table[name] == {key: record[key] for key in table[name]}, name
+        row = {key: value for key, value in table[name].items() if "seconds" not in key}
+        assert row == {key: record[key] for key in row}, name
 
 
 def test_all_weights_together_are_small() -> None:

@@ -129,9 +129,12 @@ export function holes(stage) {
 
     yield;
 
+    const written = {};
     const show = () => {
       for (const name of NAMES) {
+        if (!walkers[name] && written[name] === draws[name].length) continue;
         const made = walkers[name]?.states() ?? draws[name];
+        written[name] = walkers[name] ? -1 : made.length;
         clouds[name].dots("draws", made.map((x) => x[0]), made.map((x) => x[2]), { color: colourOf(name), radius: 1.5, opacity: 0.7 });
       }
       // No path of those that are on their way: what is still noise is no state.
