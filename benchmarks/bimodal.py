@@ -273,7 +273,9 @@ def write(name: str, model: AmortizedPosterior, record: dict[str, float]) -> int
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, save."""
     flags = parser(__doc__.splitlines()[0])
-    flags.add_argument("--only", nargs="+", choices=list(FILES), default=list(FILES), help="these heads")
+    flags.add_argument(
+        "--only", nargs="+", choices=list(FILES), default=list(FILES), help="these heads"
+    )
     args = flags.parse_args(argv)
     refs = references(2 if args.quick else EVENTS)
     bank = Bank.simulate(1 << 12 if args.quick else BANK)

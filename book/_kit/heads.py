@@ -29,7 +29,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 OU_FILE = WEIGHTS / "ou_information.safetensors"
 FOURDVARNET_FILE = WEIGHTS / "lorenz63_fourdvarnet.safetensors"
 FLOW_FILE = WEIGHTS / "lorenz63_flow.safetensors"
-BIMODAL_HEADS = ("regression", "flow", "score")
+BIMODAL_HEADS: tuple[str, ...] = ("regression", "flow", "score")
 BIMODAL_FILES = {name: WEIGHTS / f"bimodal_{name}.safetensors" for name in BIMODAL_HEADS}
 OU_NOISE = (0.1, 1.0)
 """Standard deviations of the observation error that the head was trained for."""
@@ -101,11 +101,10 @@ def load_lorenz63_flow() -> tuple[AmortizedPosterior, InverseProblem, dict[str, 
 
 def build_bimodal_regression(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
     """The untrained Gaussian posterior that the file's settings describe."""
-    prior, shape = lorenz63_sign_lost().prior, (5, 2)
-    made = regression_posterior(
-        "cholesky", key=jax.random.key(0), prior=prior, obs_shape=shape, **sizes
-    )
-    return AmortizedPosterior(ScaledEncoder(made.encoder, 0.0, 1.0), made.head)
+    prior, key = lorenz63_sign_lost().prior, jax.random.key(0)
+    encoder = ScaledEncoder(FlatEncoder((5, 2), key=key, **sizes), 0.0, 1.0)
+    head = CholeskyHead(sizes["features"], 3, key=key, centre=prior.loc, scale=prior.sd())
+    return AmortizedPosterior(encoder, head)
 
 
 def build_bimodal_score(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
@@ -130,7 +129,7 @@ def build_bimodal_flow(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
 
 
 def load_bimodal(name: str) -> tuple[AmortizedPosterior, dict[str, Any]]:
-    """The trained `"regression"`, `"flow"` or `"score"` for the window whose sign is lost; its record.
+    """A trained head of `BIMODAL_HEADS` for the window whose sign is lost, and its record.
 
     Raises:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.

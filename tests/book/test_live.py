@@ -25,6 +25,7 @@ from _kit.heads import load_ou_head
 from _kit.holes import one_hole
 from _kit.ladder import RefinementLadder, refinement_ladder
 from _kit.landscape import EnergyLandscape, energy_landscape
+from _kit.live import ROLES as COLOURS
 from _kit.live import LiveWidget
 from _kit.widgets import GapExplorer, gap_explorer
 from _kit.windowed import oracle_minima
@@ -471,6 +472,9 @@ def test_the_posterior_splits_when_the_first_time_is_hidden(tab: Any, shelf: She
     found = shares(tab)
     assert set(found) == {"posterior", "Laplace", "regression", "flow", *ROADS}
     assert found.pop("Laplace") in (0, 100)
+    tab.select_option("[data-name=shown]", "flow")
+    paths = f".live-plot path[stroke-width='0.8'][stroke='{COLOURS['amortized']}']"
+    tab.wait_for_selector(paths, state="attached")  # in the colour of their answer
     for name, share in found.items():
         assert abs(share - 50) < 100 * 5 * np.sqrt(0.25 / 200) + 5, name
     for event in (2, 11):

@@ -103,7 +103,7 @@ def test_the_heads_with_two_pieces_reach_what_is_recorded(name: str) -> None:
 
 
 def test_the_table_of_the_chapter_is_of_the_heads_that_are_shipped() -> None:
-    """What the benchmark's data say of a head is the record in its file; times may be of another run."""
+    """What the benchmark's data say of a head is the record in its file, but for times."""
     table = json.loads((heads.WEIGHTS.parent / "data" / "bimodal.json").read_text())["results"]
     assert set(heads.BIMODAL_FILES) == set(bimodal.FILES) < set(table)
     for name, file in heads.BIMODAL_FILES.items():
