@@ -265,7 +265,7 @@ def vectors(
     posterior: AmortizedPosterior, prior: GaussMarkov | None, given: dict
 ) -> tuple[bytes, bytes]:
     """The two files that the JavaScript is given: the weights, and the events with answers."""
-    dtype = posterior.head.linear.weight.dtype if hasattr(posterior.head, "linear") else None
+    dtype = jax.tree.leaves(eqx.filter(posterior, eqx.is_inexact_array))[0].dtype
     given = {k: v if v.dtype == bool else jnp.asarray(v, dtype) for k, v in given.items()}
     found = answers(posterior, prior, given)
     tree = jax.tree.map(jnp.asarray, given | found) | ({} if prior is None else {"prior": prior})
