@@ -30,7 +30,8 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 OU_FILE = WEIGHTS / "ou_information.safetensors"
 FOURDVARNET_FILE = WEIGHTS / "lorenz63_fourdvarnet.safetensors"
 FLOW_FILE = WEIGHTS / "lorenz63_flow.safetensors"
-BIMODAL_FILES = {name: WEIGHTS / f"bimodal_{name}.safetensors" for name in ("flow", "score")}
+BIMODAL_HEADS: tuple[str, ...] = ("regression", "flow", "score")
+BIMODAL_FILES = {name: WEIGHTS / f"bimodal_{name}.safetensors" for name in BIMODAL_HEADS}
 OU_NOISE = (0.1, 1.0)
 """Standard deviations of the observation error that the head was trained for."""
 
@@ -135,6 +136,14 @@ def load_lorenz63_flow(
     return build_and_load(FLOW_FILE, build_lorenz63_flow), lorenz63(), record
 
 
+def build_bimodal_regression(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
+    """The untrained Gaussian posterior that the file's settings describe."""
+    prior, key = lorenz63_sign_lost().prior, jax.random.key(0)
+    encoder = ScaledEncoder(FlatEncoder((5, 2), key=key, **sizes), 0.0, 1.0)
+    head = CholeskyHead(sizes["features"], 3, key=key, centre=prior.loc, scale=prior.sd())
+    return AmortizedPosterior(encoder, head)
+
+
 def build_bimodal_score(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
     """The untrained score posterior that the file's settings describe."""
     prior = lorenz63_sign_lost().prior
@@ -157,11 +166,15 @@ def build_bimodal_flow(sizes: dict[str, Any], **_: Any) -> AmortizedPosterior:
 
 
 def load_bimodal(name: str) -> tuple[AmortizedPosterior, dict[str, Any]]:
-    """The trained `"flow"` or `"score"` for the window whose sign is lost, and its record.
+    """A trained head of `BIMODAL_HEADS` for the window whose sign is lost, and its record.
 
     Raises:
         amortlib.CheckpointError: where the file is missing or damaged, with what to do.
     """
-    build = {"flow": build_bimodal_flow, "score": build_bimodal_score}[name]
+    build = {
+        "regression": build_bimodal_regression,
+        "flow": build_bimodal_flow,
+        "score": build_bimodal_score,
+    }[name]
     file = BIMODAL_FILES[name]
     return build_and_load(file, build), read_settings(file)["record"]

@@ -12,9 +12,9 @@ import traitlets
 from matplotlib.figure import Figure
 
 from _kit import style
-from _kit.heads import load_bimodal
+from _kit.heads import BIMODAL_HEADS, load_bimodal
 from _kit.landscape import packed_events
-from _kit.packing import pack_flow, pack_score
+from _kit.packing import pack_flow, pack_posterior, pack_score
 from _kit.windowed import Answer, WindowWidget
 from _kit.windows import FixedSteps
 from amortlib.observation import gap
@@ -32,9 +32,10 @@ def _problem() -> InverseProblem:
 
 
 class OneHole(WindowWidget):
-    """The gap and the event; draws of the posterior, of Laplace, a Gaussian, a flow and a score.
+    """The gap and the event; draws of the posterior, of Laplace, a regression, a flow and a score.
 
-    The page searches, weighs and samples by itself, with the weights that ship with the book.
+    The page searches, weighs and samples by itself, with the weights that ship with the book. The
+    draws of the score head come from noise before the reader's eyes, by the ODE and by the SDE.
 
     Attributes:
         start: first missing time, of five.
@@ -44,6 +45,7 @@ class OneHole(WindowWidget):
     """
 
     shown = traitlets.Unicode("posterior").tag(sync=True)
+    regression = traitlets.Bytes().tag(sync=True)
     flow = traitlets.Bytes().tag(sync=True)
     score = traitlets.Bytes().tag(sync=True)
 
@@ -60,7 +62,8 @@ class OneHole(WindowWidget):
         """Set the first position; other arguments as the attributes.
 
         Args:
-            heads: a `"flow"` and a `"score"`; by default those that ship with the book.
+            heads: a `"regression"`, a `"flow"` and a `"score"`; by default those that ship with
+                the book.
             start: first missing time.
             length: how many times are missing.
             event: which pair.
@@ -71,7 +74,7 @@ class OneHole(WindowWidget):
             amortlib.CheckpointError: where weights are missing or damaged.
         """
         if heads is None:
-            heads = {name: load_bimodal(name)[0] for name in ("flow", "score")}
+            heads = {name: load_bimodal(name)[0] for name in BIMODAL_HEADS}
         with jax.enable_x64(True):
             self.problem = to_double(_problem())
             settings, data = packed_events(self.problem, _EVENTS, mirror=(-1.0, -1.0, 1.0))
@@ -84,6 +87,7 @@ class OneHole(WindowWidget):
             events=_EVENTS,
             window=settings,
             data=data,
+            regression=pack_posterior(heads["regression"]),
             flow=pack_flow(heads["flow"]),
             score=pack_score(heads["score"]),
         )

@@ -65,11 +65,16 @@ def pack_posterior(posterior: AmortizedPosterior) -> bytes:
     if type(head) not in _HEADS:
         known = sorted(kind.__name__ for kind in _HEADS)
         raise ValueError(f"expected a head that the pages know, {known}, got {type(head).__name__}")
+    if isinstance(encoder, ScaledEncoder):
+        parts, activation = _encoder(posterior)
+        settings = {"head": _HEADS[type(head)], "scaled": True, "activation": activation}
+        return pack(eqx.filter(parts | {"head": head}, eqx.is_array), settings)
     if not isinstance(encoder, SiteEncoder | FlatEncoder):
         raise ValueError(f"expected a SiteEncoder or FlatEncoder, got {type(encoder).__name__}")
     weight = encoder.mlp.layers[0].weight
     settings = {
         "head": _HEADS[type(head)],
+        "scaled": False,
         "activation": _named(encoder.mlp.activation),
         "radius": encoder.radius if isinstance(encoder, SiteEncoder) else 0,
         "uses_sd": encoder.uses_sd,

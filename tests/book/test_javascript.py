@@ -26,9 +26,14 @@ from amortlib.encoders import FlatEncoder, ScaledEncoder, SiteEncoder
 from amortlib.energy import Energy
 from amortlib.gaussian import Gaussian, GaussMarkov, condition, kl
 from amortlib.heads import InformationHead
-from amortlib.heads.score import ScoreDistribution
+from amortlib.heads.score import FlowODE, ReverseSDE, ScoreDistribution
 from amortlib.observation import Select
-from amortlib.posterior import AmortizedPosterior, flow_posterior, regression_posterior
+from amortlib.posterior import (
+    AmortizedPosterior,
+    flow_posterior,
+    regression_posterior,
+    score_posterior,
+)
 from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost, ornstein_uhlenbeck
 from amortlib.refine import refine
 from amortlib.types import Event, Fixed, to_double
@@ -121,14 +126,18 @@ def compare(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Compare]
     page.close()
 
 
+def contiguous(n: int) -> np.ndarray:
+    """Every contiguous gap, everything seen and nothing seen among them."""
+    start, length, at = np.ix_(np.arange(n), np.arange(n + 1), np.arange(n))
+    return np.unique(((at < start) | (at >= start + length)).reshape(-1, n), axis=0)
+
+
 def masks(n: int) -> np.ndarray:
     """Every contiguous gap, everything seen, nothing seen, single entries, and random patterns."""
-    start, length, at = np.ix_(np.arange(n), np.arange(n + 1), np.arange(n))
-    every = ((at < start) | (at >= start + length)).reshape(-1, n)
     alone = np.eye(n, dtype=bool)
     rng = np.random.default_rng(0)
     patterns = rng.random((200, n)) < rng.random((200, 1))
-    return np.concatenate([np.unique(every, axis=0), alone, patterns])
+    return np.concatenate([contiguous(n), alone, patterns])
 
 
 def events(prior: GaussMarkov, far: float) -> dict[str, np.ndarray]:
@@ -231,12 +240,24 @@ def guess() -> Case:
     return posterior.encoder.guess.tree, None, given
 
 
+def one_hole_regression() -> Case:
+    """The regression head of one hole, two answers, which reads in units of its own."""
+    seen = np.concatenate([np.repeat(contiguous(5), 2, axis=1), masks(10)])  # times, then entries
+    batch = lorenz63_sign_lost().batch(jax.random.key(15), len(seen))
+    x, drawn = jax.device_get(batch)
+    y = np.where(seen, drawn.y.reshape(seen.shape), np.nan)
+    z = np.random.default_rng(16).normal(size=x.shape)
+    given = {"y": y, "mask": seen, "sd": np.ones(seen.shape), "z": z}
+    return load_bimodal("regression")[0], None, given
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "shipped": shipped,
     "cholesky": lambda: plain("cholesky"),
     "diagonal": lambda: plain("diagonal"),
     "blocks with neighbours": neighbours,
     "guess of the ladder": guess,
+    "regression of one hole": one_hole_regression,
 }
 
 
@@ -244,7 +265,7 @@ def vectors(
     posterior: AmortizedPosterior, prior: GaussMarkov | None, given: dict
 ) -> tuple[bytes, bytes]:
     """The two files that the JavaScript is given: the weights, and the events with answers."""
-    dtype = posterior.encoder.mlp.layers[0].weight.dtype
+    dtype = jax.tree.leaves(eqx.filter(posterior, eqx.is_inexact_array))[0].dtype
     given = {k: v if v.dtype == bool else jnp.asarray(v, dtype) for k, v in given.items()}
     found = answers(posterior, prior, given)
     tree = jax.tree.map(jnp.asarray, given | found) | ({} if prior is None else {"prior": prior})
@@ -309,9 +330,29 @@ def small_flow(kind: str, transformer: str, dim: int) -> AmortizedPosterior:
     return shaken(made, 9)
 
 
+def small_score(components: int) -> AmortizedPosterior:
+    """A score head of another shape than the shipped one, with random weights."""
+    made = score_posterior(
+        key=jax.random.key(17),
+        prior=Gaussian(jnp.arange(1.0, 5.0), jnp.eye(4) + 0.3 * jnp.tril(jnp.ones((4, 4)), -1)),
+        obs_shape=(3, 1),
+        components=components,
+        obs_centre=0.3,
+        obs_scale=1.7,
+        features=8,
+        encoder_width=16,
+        encoder_depth=1,
+        width=12,
+        depth=3,
+        sampler=ReverseSDE(11),
+    )
+    return shaken(made, 18)
+
+
 MIXTURES: dict[str, Callable[[], AmortizedPosterior]] = {
     "flow, shipped": lambda: load_bimodal("flow")[0],
     "score, shipped": lambda: load_bimodal("score")[0],
+    "score, three components": lambda: small_score(3),
     "coupling splines": lambda: small_flow("coupling", "spline", 4),
     "coupling, odd": lambda: small_flow("coupling", "affine", 3),
     "autoregressive splines": lambda: small_flow("autoregressive", "spline", 3),
@@ -321,15 +362,24 @@ MIXTURES: dict[str, Callable[[], AmortizedPosterior]] = {
 
 @eqx.filter_jit
 def mixture_answers(posterior: AmortizedPosterior, given: dict, shape: tuple[int, ...]) -> dict:
-    """Weights, a draw of each component from given noise, and the log-density where exact."""
+    """Weights, a draw of each component from given noise, and the log-density where exact.
 
-    def one(y, mask, z):
+    For a score the draws of the ODE, and those of the SDE with the path that diffrax drew.
+    """
+
+    def one(y, mask, z, key):
         q = posterior(Event(y.reshape(shape), mask.reshape(shape)))
         found = {"log_weight": q.log_weight}
+        if isinstance(q, ScoreDistribution):
+            sde = q.sampler if isinstance(q.sampler, ReverseSDE) else ReverseSDE()
+            found |= path_of(sde, q, z, key)
         for k in range(q.log_weight.size):
             if isinstance(q, ScoreDistribution):
-                trip = q.carry(q.sampler, z, jnp.asarray(k), key=jax.random.key(0))
-                found[f"sample_{k}"] = q.at(jnp.asarray(k)).colour(trip.u)
+                frame = q.at(jnp.asarray(k))
+                trip = q.carry(FlowODE(), z, jnp.asarray(k), key=key)
+                found[f"sample_{k}"] = frame.colour(trip.u)
+                trip = q.carry(sde, z, jnp.asarray(k), key=key)
+                found[f"by_sde_{k}"] = frame.colour(trip.u)
             else:
                 found[f"sample_{k}"] = q.from_noise(z, k)
         if not isinstance(q, ScoreDistribution):
@@ -337,7 +387,16 @@ def mixture_answers(posterior: AmortizedPosterior, given: dict, shape: tuple[int
             found["log_prob"] = q.log_prob(found["x"])[None]
         return found
 
-    return jax.vmap(one)(given["y"], given["mask"], given["z"])
+    keys = jax.random.split(jax.random.key(19), len(given["y"]))
+    return jax.vmap(one)(given["y"], given["mask"], given["z"], keys)
+
+
+def path_of(sde: ReverseSDE, q: ScoreDistribution, z: jax.Array, key: jax.Array) -> dict:
+    """The increments and areas of the path that diffrax integrates along, step after step."""
+    _, control = sde.terms(q.noise, lambda u, sigma: u, z, key=key).terms
+    grid = jnp.linspace(0.0, 1.0, sde.steps + 1, dtype=z.dtype)
+    each = jax.vmap(lambda t0, t1: control.contr(t0, t1, use_levy=True))(grid[:-1], grid[1:])
+    return {"w": each.W.reshape(-1), "area": each.H.reshape(-1)}
 
 
 @functools.cache
@@ -352,7 +411,8 @@ def make_mixture(name: str, n: int) -> tuple[bytes, bytes]:
     size = int(np.prod(shape))
     rng = np.random.default_rng(10)
     mask = rng.random((n, size)) < rng.random((n, 1))
-    mask[0], mask[1] = True, False
+    gaps = np.repeat(contiguous(shape[0]), size // shape[0], axis=1)
+    mask[: len(gaps)] = gaps
     spread = np.broadcast_to(np.asarray(scaled.scale.value, float), shape).reshape(-1)
     middle = np.broadcast_to(np.asarray(scaled.centre.value, float), shape).reshape(-1)
     y = middle + spread * rng.normal(size=(n, size))
@@ -373,11 +433,12 @@ def make_mixture(name: str, n: int) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_flows_and_scores_give_the_same_in_double_precision(compare: Compare, name: str) -> None:
-    """The same noise gives the same draw, through splines, layers and the steps of the ODE."""
+    """The same noise gives the same draw, through splines, layers and the steps of ODE and SDE."""
     worst = compare(*make_mixture(name, 60))
     print(name, worst)
     assert worst.pop("events") == 60
-    assert {"log_weight", "sample"} <= set(worst)
+    kinds = {"sample", "by_sde"} if "score" in name else {"sample", "log_prob"}
+    assert {"log_weight"} | kinds == set(worst)
     # flowjax holds the parameter of a slope of one in single precision, off by 3e-8 of it.
     assert max(worst.values()) <= 1e-6, worst
 

@@ -26,6 +26,7 @@ from _kit.heads import load_ou_head
 from _kit.holes import one_hole
 from _kit.ladder import RefinementLadder, refinement_ladder
 from _kit.landscape import EnergyLandscape, energy_landscape
+from _kit.live import ROLES as COLOURS
 from _kit.live import LiveWidget
 from _kit.widgets import GapExplorer, gap_explorer
 from _kit.windowed import oracle_minima
@@ -613,14 +614,20 @@ def shares(tab: Any) -> dict[str, int]:
     return {name.strip(): int(n) for name, n in re.findall(r"([A-Za-z ]+) (\d+)%", said)}
 
 
+ROADS = ("score by ODE", "score by SDE")
+
+
 def test_the_posterior_splits_when_the_first_time_is_hidden(tab: Any, shelf: Shelf) -> None:
     """Both pieces weigh one half: of 200 draws, within five standard errors; the heads are allowed
     their measured errors beside that. Laplace is on one side, and with no gap everyone is."""
     opened(tab, shelf.address("holes"))
     tab.evaluate(PUT, {"event": 11, "start": 0, "length": 1})
     found = shares(tab)
-    assert set(found) == {"posterior", "Laplace", "best Gaussian", "flow", "score"}
+    assert set(found) == {"posterior", "Laplace", "regression", "flow", *ROADS}
     assert found.pop("Laplace") in (0, 100)
+    tab.select_option("[data-name=shown]", "flow")
+    paths = f".live-plot path[stroke-width='0.8'][stroke='{COLOURS['amortized']}']"
+    tab.wait_for_selector(paths, state="attached")  # in the colour of their answer
     for name, share in found.items():
         assert abs(share - 50) < 100 * 5 * np.sqrt(0.25 / 200) + 5, name
     for event in (2, 11):

@@ -2,7 +2,6 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Flow, logSumExp } from "../../book/_kit/js/flow.mjs";
 import { Gaussian } from "../../book/_kit/js/gaussian.mjs";
-import { ScorePosterior, level } from "../../book/_kit/js/score.mjs";
 import { parametersOf, transformerOf } from "../../book/_kit/js/splines.mjs";
 
 const SPLINE = { transformer: "spline", knots: 5, interval: 4 };
@@ -73,21 +72,4 @@ test("the density of a flow integrates to one", () => {
     }
     near(total, 1, 5e-3);
   }
-});
-
-test("noise levels fall from the largest to the smallest, and their slope is that of a difference", () => {
-  const noise = { sigma_min: 0.01, sigma_max: 20, rho: 7 };
-  near(level(noise, 0)[0], 20);
-  near(level(noise, 1)[0], 0.01);
-  const h = 1e-6;
-  const slope = (level(noise, 0.5 + h)[0] - level(noise, 0.5 - h)[0]) / (2 * h);
-  near(level(noise, 0.5)[1], slope, 1e-5);
-});
-
-test("the flow ODE of a Gaussian's exact score ends at that Gaussian", () => {
-  const [mean, sd] = [1.5, 0.4];
-  const predict = (u, sigma) => u.map((value) => (sigma * (value - mean)) / (sd ** 2 + sigma ** 2));
-  const frame = new Gaussian(Float64Array.of(0), Float64Array.of(1));
-  const posterior = new ScorePosterior({ sigma_min: 1e-4, sigma_max: 20, rho: 7 }, [{ frame, logWeight: 0 }], predict);
-  for (const z of [-1.3, 0, 0.8]) near(posterior.fromNoise([z], 0, 400)[0], mean + sd * z, 3e-3);
 });

@@ -54,7 +54,7 @@ function parity(weights, vectors) {
   return worst;
 }
 
-/** The same for flows and scores: draws from given noise, weights, and a flow's log-density. */
+/** The same for flows and scores: draws from given noise and paths, weights, a flow's log-density. */
 function mixtureParity(weights, vectors) {
   const kind = readWeights(weights).settings.head;
   const posterior = { flow: loadFlow, score: loadScore }[kind](weights);
@@ -70,6 +70,11 @@ function mixtureParity(weights, vectors) {
     note("log_weight", parts.map((part) => part.logWeight), row(get("log_weight"), i), 1);
     const z = row(get("z"), i);
     parts.forEach((_, k) => note("sample", q.fromNoise(z, k), row(get(`sample_${k}`), i)));
+    if (kind === "score") {
+      const [w, area] = [row(get("w"), i), row(get("area"), i)];
+      const path = { steps: w.length / q.dim, w, area };
+      parts.forEach((_, k) => note("by_sde", q.fromPath(z, k, path), row(get(`by_sde_${k}`), i)));
+    }
     if (kind === "flow") note("log_prob", [q.logProb(row(get("x"), i))], row(get("log_prob"), i), q.dim);
     worst.events += 1;
   }

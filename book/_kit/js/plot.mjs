@@ -133,6 +133,7 @@ export class Plot {
   /** A line through points. */
   line(name, xs, ys, { color, width = 1.8, dash = "" }) {
     const made = this.mark(name, "path", { fill: "none", stroke: color, "stroke-width": width, "stroke-dasharray": dash, "stroke-linejoin": "round" });
+    write(made, "stroke", color); // a line may come to stand for another answer
     write(made, "d", this.through(xs, ys));
   }
 

@@ -6,6 +6,7 @@
  * and whatever stands at the other entries is never read.
  */
 
+import { flatContextOf } from "./encoder.mjs";
 import { GaussMarkov, Gaussian } from "./gaussian.mjs";
 import { layerOf, layersOf, linear, mlp } from "./mlp.mjs";
 import { WeightFileError, readWeights } from "./weights.mjs";
@@ -50,12 +51,12 @@ function flatContext(net, event) {
 }
 
 /** `InformationHead`: each observation adds its message to the prior's natural parameters. */
-function informationHead(tensors, settings) {
-  const gain = layerOf(tensors, ".head.gain");
-  const direction = layerOf(tensors, ".head.direction");
-  const value = layerOf(tensors, ".head.value");
-  const site = tensors[".head.site.tree"].data;
-  const prior = priorOf(tensors, ".head.prior.tree");
+function informationHead(tensors, prefix, settings) {
+  const gain = layerOf(tensors, `${prefix}.gain`);
+  const direction = layerOf(tensors, `${prefix}.direction`);
+  const value = layerOf(tensors, `${prefix}.value`);
+  const site = tensors[`${prefix}.site.tree`].data;
+  const prior = priorOf(tensors, `${prefix}.prior.tree`);
   const [diag, lower] = prior.precisionBlocks();
   const { b } = prior;
   const rank = gain.bias.data.length;
@@ -89,10 +90,10 @@ function informationHead(tensors, settings) {
 }
 
 /** `DiagonalHead`: mean and standard deviation of every component. */
-function diagonalHead(tensors) {
-  const layer = layerOf(tensors, ".head.linear");
-  const centre = tensors[".head.centre.tree"].data;
-  const scale = tensors[".head.scale.tree"].data;
+function diagonalHead(tensors, prefix) {
+  const layer = layerOf(tensors, `${prefix}.linear`);
+  const centre = tensors[`${prefix}.centre.tree`].data;
+  const scale = tensors[`${prefix}.scale.tree`].data;
   const dim = centre.length;
   return (context) => {
     const out = linear(layer, context);
@@ -103,7 +104,7 @@ function diagonalHead(tensors) {
 }
 
 /** `CholeskyHead`: mean and every entry of the factor of the precision; a single site of size d. */
-export function choleskyHead(tensors, prefix = ".head") {
+export function choleskyHead(tensors, prefix) {
   const layer = layerOf(tensors, `${prefix}.linear`);
   const centre = tensors[`${prefix}.centre.tree`].data;
   const scale = tensors[`${prefix}.scale.tree`].data;
@@ -121,7 +122,7 @@ export function choleskyHead(tensors, prefix = ".head") {
   };
 }
 
-const HEADS = { information: informationHead, diagonal: diagonalHead, cholesky: (tensors) => choleskyHead(tensors) };
+const HEADS = { information: informationHead, diagonal: diagonalHead, cholesky: choleskyHead };
 
 /** A Markov density whose tensors are named `PREFIX.loc`, `.diag` and `.off`. */
 export function priorOf(tensors, prefix) {
@@ -139,7 +140,12 @@ export function loadPosterior(bytes) {
   if (!(settings.head in HEADS)) {
     throw new WeightFileError(`expected a head of ${Object.keys(HEADS)}, got ${settings.head}`);
   }
-  const head = HEADS[settings.head](tensors, settings);
+  // An encoder that reads in units of its own is packed as it is for flows and scores.
+  const head = HEADS[settings.head](tensors, settings.scaled ? "['head']" : ".head", settings);
+  if (settings.scaled) {
+    const context = flatContextOf(tensors, settings);
+    return (event) => head(context(event));
+  }
   const net = {
     layers: layersOf(tensors, ".encoder.mlp"),
     activation: settings.activation,

@@ -1,8 +1,9 @@
 /**
- * The score head: a network that takes noise off, and the flow ODE that carries noise to states.
+ * The score head: a network that takes noise off, and the two roads that lead from noise to states.
  *
- * The mirror of `amortlib.heads.score` with EDM's noise levels and fixed steps of Heun's method.
- * Karras, Aittala, Aila and Laine (2022), arXiv:2206.00364, algorithm 1 and table 1.
+ * The mirror of `amortlib.heads.score` with EDM's noise levels and fixed steps: of Heun's method for the
+ * flow ODE, of ShARK for the reverse SDE. Karras, Aittala, Aila and Laine (2022), arXiv:2206.00364,
+ * algorithm 1 and table 1; Foster, dos Reis and Strange (2024), SIAM J. Numer. Anal. 62, equation 6.1.
  */
 
 import { flatContextOf } from "./encoder.mjs";
@@ -45,6 +46,18 @@ function predictor(tensors, { depth, width }) {
   };
 }
 
+/**
+ * A Brownian path over a time of one in equal steps, from `2 * steps * dim` standard normal numbers.
+ *
+ * Of each step the increment `w`, of variance h, and the space-time Lévy area `area`, of variance h / 12:
+ * the mean over the step of what the path has beyond the straight line through its ends.
+ */
+export function brownianPath(z, steps) {
+  const half = z.length / 2;
+  const scale = Math.sqrt(1 / steps);
+  return { steps, w: z.slice(0, half).map((x) => scale * x), area: z.slice(half).map((x) => (scale / Math.sqrt(12)) * x) };
+}
+
 /** The posterior of one event: a mixture of densities, each given by its score. */
 export class ScorePosterior {
   /** `frames`: `{ frame, logWeight }`; `predict(u, sigma, k)` is the noise. */
@@ -55,20 +68,63 @@ export class ScorePosterior {
     this.dim = frames[0].frame.dim;
   }
 
-  /** Where the flow ODE takes standard normal `z` of component k, by `steps` steps of Heun's. */
-  fromNoise(z, k, steps = 24) {
+  /** A draw at the largest level, in whitened coordinates, from standard normal `z` of component k. */
+  start(z, k) {
     const top = this.noise.sigma_max;
-    const origin = new Float64Array(this.dim);
     const spread = Math.sqrt(1 + top ** 2);
-    let u = this.predict(origin, top, k).map((n, i) => -top * n + spread * z[i]);
-    for (let i = 0; i < steps; i++) {
-      const [h, here, there] = [1 / steps, level(this.noise, i / steps), level(this.noise, (i + 1) / steps)];
-      const slope = this.predict(u, here[0], k).map((n) => here[1] * n);
-      const ahead = u.map((value, j) => value + h * slope[j]);
-      const next = this.predict(ahead, there[0], k).map((n) => there[1] * n);
-      u = u.map((value, j) => value + 0.5 * h * (slope[j] + next[j]));
-    }
+    return this.predict(new Float64Array(this.dim), top, k).map((n, i) => -top * n + spread * z[i]);
+  }
+
+  /** du/dt of the flow ODE. */
+  slope(u, t, k) {
+    const [sigma, rate] = level(this.noise, t);
+    return this.predict(u, sigma, k).map((n) => rate * n);
+  }
+
+  /** Step `i` of `steps` of the flow ODE, by Heun's method. */
+  odeStep(u, k, i, steps) {
+    const h = 1 / steps;
+    const here = this.slope(u, i / steps, k);
+    const ahead = u.map((value, j) => value + h * here[j]);
+    const there = this.slope(ahead, (i + 1) / steps, k);
+    return u.map((value, j) => value + 0.5 * h * (here[j] + there[j]));
+  }
+
+  /** Step `i` of the reverse SDE along a path of `brownianPath`, by ShARK: the drift is twice the slope. */
+  sdeStep(u, k, i, { steps, w, area }) {
+    const [h, at] = [1 / steps, i * this.dim];
+    const spread = (t) => {
+      const [sigma, rate] = level(this.noise, t);
+      return Math.sqrt(-2 * sigma * rate);
+    };
+    const [before, after] = [spread(i / steps), spread((i + 1) / steps)];
+    const first = this.slope(u.map((value, j) => value + before * area[at + j]), i / steps, k);
+    const ahead = u.map((value, j) => value + (5 / 3) * h * first[j] + before * ((5 / 6) * w[at + j] + area[at + j]));
+    const second = this.slope(ahead, (i + 5 / 6) / steps, k);
+    return u.map((value, j) => {
+      const drift = h * (0.8 * first[j] + 1.2 * second[j]);
+      // The second term is what a spread that changes within the step adds.
+      return value + drift + before * w[at + j] + 0.5 * (after - before) * (w[at + j] - 2 * area[at + j]);
+    });
+  }
+
+  /** The state that whitened coordinates of component k stand for. */
+  colour(u, k) {
     return this.frames[k].frame.colour(u);
+  }
+
+  /** Where the flow ODE takes standard normal `z` of component k, by `steps` steps. */
+  fromNoise(z, k, steps = 24) {
+    let u = this.start(z, k);
+    for (let i = 0; i < steps; i++) u = this.odeStep(u, k, i, steps);
+    return this.colour(u, k);
+  }
+
+  /** Where the reverse SDE takes standard normal `z` of component k along a path of `brownianPath`. */
+  fromPath(z, k, path) {
+    let u = this.start(z, k);
+    for (let i = 0; i < path.steps; i++) u = this.sdeStep(u, k, i, path);
+    return this.colour(u, k);
   }
 }
 

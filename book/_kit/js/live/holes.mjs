@@ -1,20 +1,23 @@
-/** One hole, two answers: a gap hides the sign, and four answers stand beside the posterior. */
+/** One hole, two answers: a gap hides the sign, and five answers stand beside the posterior. */
 
-import { cholesky } from "../gaussian.mjs";
 import { loadFlow } from "../flow.mjs";
 import { fromBowl, sampler } from "../lorenz.mjs";
 import { normals, uniforms } from "../noise.mjs";
-import { loadScore } from "../score.mjs";
+import { loadPosterior } from "../posterior.mjs";
+import { brownianPath, loadScore } from "../score.mjs";
 import { gapHandles, placeControls, placeOf } from "./gap_handles.mjs";
 import { kernelAnswer, windowEvents } from "./window_events.mjs";
 
 const DRAWS = 200;
 const PATHS = 40;
 const REFERENCE = 1500;
-const NAMES = ["posterior", "Laplace", "best Gaussian", "flow", "score"];
+const STEPS = 24;
+const ROADS = ["score by ODE", "score by SDE"];
+const NAMES = ["posterior", "Laplace", "regression", "flow", ...ROADS];
 
 /** An answer's name within a sentence. */
-const spoken = (name) => (name === "posterior" || name === "best Gaussian" ? `the ${name}` : name);
+const spoken = (name) =>
+  ({ posterior: "the posterior", regression: "the regression head", flow: "the flow" })[name] ?? name.replace("score", "the score");
 
 /** Where a list of cumulative shares is passed. */
 function pick(logWeights, u) {
@@ -23,41 +26,54 @@ function pick(logWeights, u) {
   return k;
 }
 
-/** The Gaussian with the mean and the covariance of weighted draws of a state: a draw from noise. */
-function bestGaussian(states, weights) {
-  const mean = [0, 1, 2].map((i) => states.reduce((sum, x, n) => sum + weights[n] * x[i], 0));
-  const covariance = new Float64Array(9);
-  states.forEach((x, n) => {
-    for (let i = 0; i < 3; i++) for (let j = 0; j < 3; j++) covariance[3 * i + j] += weights[n] * (x[i] - mean[i]) * (x[j] - mean[j]);
-  });
-  const low = cholesky(covariance, 3);
-  return (z) => mean.map((m, i) => m + low[3 * i] * z[0] + (i > 0 ? low[3 * i + 1] * z[1] : 0) + (i > 1 ? low[3 * i + 2] * z[2] : 0));
+/** What each answer gives for one event: functions of noise, one draw a call, and the score itself. */
+function answersOf({ energy, bowls, heads, event }, noise, uniform) {
+  const [regression, flow, score] = [heads.regression(event), heads.flow(event), heads.score(event)];
+  const flowWeights = flow.components.map((part) => part.logWeight);
+  return {
+    reference: sampler(energy, bowls, noise),
+    score,
+    Laplace: (z) => energy.state(fromBowl(bowls[0], z, 1)),
+    regression: (z) => regression.colour(z),
+    flow: (z) => flow.fromNoise(z, pick(flowWeights, uniform())),
+  };
 }
 
-/** What each answer gives for one event: functions of noise, one draw a call. */
-function answersOf({ energy, bowls, flow, score, event }, noise, uniform) {
-  const reference = sampler(energy, bowls, noise);
-  const fromFlow = flow(event);
-  const fromScore = score(event);
-  const flowWeights = fromFlow.components.map((part) => part.logWeight);
-  const scoreWeights = fromScore.frames.map((part) => part.logWeight);
-  return {
-    reference,
-    Laplace: (z) => energy.state(fromBowl(bowls[0], z, 1)),
-    flow: (z) => fromFlow.fromNoise(z, pick(flowWeights, uniform())),
-    score: (z) => fromScore.fromNoise(z, pick(scoreWeights, uniform())),
-  };
+/** Draws of the score head on one of the two roads: they set out from noise, and walk side by side. */
+class Walkers {
+  constructor(score, road) {
+    this.score = score;
+    this.bySde = road === "score by SDE";
+    this.all = [];
+  }
+
+  /** One more: 3 normal numbers to start from, and those of a path. */
+  add(z, k) {
+    const path = this.bySde ? brownianPath(z.subarray(3), STEPS) : null;
+    this.all.push({ k, path, u: this.score.start(z.subarray(0, 3), k) });
+  }
+
+  /** Step `i` of one of them. */
+  step(one, i) {
+    const { u, k, path } = one;
+    one.u = this.bySde ? this.score.sdeStep(u, k, i, path) : this.score.odeStep(u, k, i, STEPS);
+  }
+
+  states() {
+    return this.all.map(({ u, k }) => this.score.colour(u, k));
+  }
 }
 
 export function holes(stage) {
   const roles = stage.get("roles");
   const numbers = windowEvents(stage.get("window"), stage.get("data"));
-  const [flow, score] = [loadFlow(stage.get("flow")), loadScore(stage.get("score"))];
+  const load = { regression: loadPosterior, flow: loadFlow, score: loadScore };
+  const heads = Object.fromEntries(Object.entries(load).map(([name, read]) => [name, read(stage.get(name))]));
   const { times, window } = numbers;
   placeControls(stage, times);
   stage.choice({ name: "shown", label: "paths of", options: Object.fromEntries(NAMES.map((name) => [name, name])) });
 
-  const colours = { posterior: roles.exact, Laplace: roles.prior, "best Gaussian": roles.prior, flow: roles.amortized, score: roles.amortized };
+  const colourOf = (name) => ({ posterior: roles.exact, Laplace: roles.prior })[name] ?? roles.amortized;
   const path = stage.plot({
     label: "Draws of x over time from the chosen answer, beside the truth and what the observations say of x",
     x: { label: "observation", from: -0.5, to: times - 0.5 },
@@ -83,13 +99,15 @@ export function holes(stage) {
     ["truth", roles.truth, "line"],
     ["observed: x, then |x| with both signs", roles.obs, "dot"],
     ["posterior", roles.exact, "dot"],
-    ["Laplace, best Gaussian", roles.prior, "dot"],
-    ["flow, score", roles.amortized, "dot"],
+    ["Laplace", roles.prior, "dot"],
+    ["regression, flow, score", roles.amortized, "dot"],
   ]);
   gapHandles(stage, path, times);
   const t = Array.from({ length: times }, (_, k) => k);
   const { unit } = stage.get("window").sees;
-  const noises = Object.fromEntries(NAMES.map((name, i) => [name, normals(20 + i, 3 * (name === "posterior" ? REFERENCE : DRAWS))]));
+  const sizeOf = (name) => (name === "score by SDE" ? 3 + 6 * STEPS : 3);
+  const countOf = (name) => (name === "posterior" ? REFERENCE : DRAWS);
+  const noises = Object.fromEntries(NAMES.map((name, i) => [name, normals(20 + i, countOf(name) * sizeOf(name))]));
 
   stage.watch("start", "length", "event", "shown", "overlay");
   return function* () {
@@ -99,8 +117,9 @@ export function holes(stage) {
     const bowls = yield* numbers.survey(energy);
     const { y, mask } = energy.event;
     const uniform = uniforms(7);
-    const answers = answersOf({ energy, bowls, flow, score, event: { y, mask } }, noises.posterior, uniform);
+    const answers = answersOf({ energy, bowls, heads, event: { y, mask } }, noises.posterior, uniform);
     const draws = Object.fromEntries(NAMES.map((name) => [name, []]));
+    const walkers = {};
 
     yield;
     kernel();
@@ -114,32 +133,58 @@ export function holes(stage) {
 
     yield;
 
+    const written = {};
     const show = () => {
       for (const name of NAMES) {
-        const made = draws[name];
-        clouds[name].dots("draws", made.map((x) => x[0]), made.map((x) => x[2]), { color: colours[name], radius: 1.5, opacity: 0.7 });
+        if (!walkers[name] && written[name] === draws[name].length) continue;
+        const made = walkers[name]?.states() ?? draws[name];
+        written[name] = walkers[name] ? -1 : made.length;
+        clouds[name].dots("draws", made.map((x) => x[0]), made.map((x) => x[2]), { color: colourOf(name), radius: 1.5, opacity: 0.7 });
       }
+      // No path of those that are on their way: what is still noise is no state.
       const lines = draws[shown].slice(0, PATHS).map(numbers.xOf);
       const xs = lines.flatMap(() => [...t, NaN]);
-      path.line("draws", xs, lines.flatMap((line) => [...line, NaN]), { color: colours[shown], width: 0.8 });
+      path.line("draws", xs, lines.flatMap((line) => [...line, NaN]), { color: colourOf(shown), width: 0.8 });
     };
+    /** Noise becomes states, on both roads at once and level after level. */
+    function* walk() {
+      const weights = answers.score.frames.map((part) => part.logWeight);
+      for (const road of ROADS) {
+        const made = new Walkers(answers.score, road);
+        for (let i = 0; i < DRAWS; i++) {
+          yield;
+          made.add(z(road, i), pick(weights, uniform()));
+        }
+        walkers[road] = made;
+      }
+      for (let step = 0; step < STEPS; step++) {
+        for (let i = 0; i < DRAWS; i++) {
+          for (const road of ROADS) {
+            yield;
+            walkers[road].step(walkers[road].all[i], step);
+          }
+        }
+      }
+      for (const road of ROADS) {
+        draws[road] = walkers[road].states();
+        delete walkers[road];
+      }
+    }
     const missing = seen.filter((here) => !here).length;
     const first = `${missing} of ${times} times are missing; J has ${bowls.length === 1 ? "one minimum" : `${bowls.length} minima`} within 20 nats. The paths are draws of ${spoken(shown)}.`;
     const share = (name) => Math.round((100 * draws[name].filter((x) => x[0] > 0).length) / draws[name].length);
     const last = () => ` Draws with x above zero: ${NAMES.map((name) => `${name} ${share(name)}%`).join(", ")}.`;
 
-    const z = (name, i) => noises[name].subarray(3 * i, 3 * i + 3);
+    const z = (name, i) => noises[name].subarray(sizeOf(name) * i, sizeOf(name) * (i + 1));
     stage.later(
       function* () {
         while (answers.reference.more(50, uniform) < REFERENCE) yield;
-        const { draws: all, weights } = answers.reference.weighted();
-        const gaussian = bestGaussian(all.map(({ x }) => energy.state(x)), weights);
         draws.posterior = shuffled(answers.reference.resample(DRAWS)).map((v) => energy.state(v));
         for (let i = 0; i < DRAWS; i++) {
           yield;
-          for (const name of ["Laplace", "flow", "score"]) draws[name].push(answers[name](z(name, i)));
-          draws["best Gaussian"].push(gaussian(z("best Gaussian", i)));
+          for (const name of ["Laplace", "regression", "flow"]) draws[name].push(answers[name](z(name, i)));
         }
+        yield* walk();
       },
       (done) => {
         show();
