@@ -120,7 +120,9 @@ def _pieces(
     want = sample.weight @ of_reference
     got = jnp.mean(jax.vmap(piece)(own), axis=0)
     # Of a self-normalised mean, and of a share of so many draws.
-    variance = sample.weight**2 @ (of_reference - want) ** 2 + want * (1.0 - want) / draws
+    variance = sample.weight**2 @ (of_reference - want) ** 2
+    # A weight of one may be rounded up, and its complement is then below zero.
+    variance = variance + want * jnp.maximum(1.0 - want, 0.0) / draws
     out = {
         "reference": sample.effective_size,
         "c2st": c2st(reference, own, key=k_classify),
