@@ -1,4 +1,4 @@
-"""Promotion: weights, the report of the gates they passed, and the problem it was for, in one file.
+"""Promotion: weights, the report of the gates they passed, the problem, and a guard, in one file.
 
 Only a head whose gates all held becomes a bundle, and only a whole bundle, for the problem at hand,
 becomes a head again. Nothing here is a signature in the sense of cryptography: it guards against
@@ -11,6 +11,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from amortlib import export
 from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
 from amortlib.calibration.report import (
@@ -21,9 +26,11 @@ from amortlib.calibration.report import (
     GateError,
     GateReport,
 )
+from amortlib.calibration.several import C2ST, WEIGHTS
 from amortlib.energy import Energy
 from amortlib.export import CheckpointError
 from amortlib.gaussian import Gaussian, GaussMarkov
+from amortlib.guard import Guard, GuardError, Signs, Thresholds
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem
 
@@ -48,20 +55,23 @@ class Bundle:
         report: of the gates.
         settings: what `build` makes the untrained posterior of.
         versions: of amortlib and jax when the head was promoted.
+        guard: as it was set when the head was promoted, around these weights; `None` where the
+            head was promoted without one.
     """
 
     posterior: AmortizedPosterior
     report: GateReport
     settings: dict[str, Any]
     versions: dict[str, str]
+    guard: Guard | None = None
 
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("amortlib", "jax")}
 
 
-def _problem(problem: InverseProblem, energy: Energy | None) -> str:
-    """The digest that `run_gates` writes into a report."""
+def _energy(problem: InverseProblem, energy: Energy | None) -> Energy:
+    """The J that was given, or the one made of the problem."""
     if energy is None:
         if not isinstance(problem.prior, Gaussian | GaussMarkov):
             raise PromotionError(
@@ -69,17 +79,20 @@ def _problem(problem: InverseProblem, energy: Energy | None) -> str:
                 f"{type(problem.prior).__name__}; give the energy that the oracle minimised"
             )
         energy = Energy(problem.prior, problem.forward)
-    return problem_fingerprint(energy, problem.obs_noise)
+    return energy
 
 
 def _check_gates(report: GateReport, where: str = "") -> None:
     """Refuse a report whose gates do not hold, or hold by being wider or by looking away."""
-    failed = [gate for gate in report.gates if not gate.passed]
+    failed = [gate for gate in (*report.gates, *report.several_gates) if not gate.passed]
     if failed:
         words = "; ".join(f"{gate.name}: {gate.words}" for gate in failed)
         raise PromotionError(f"{where}expected a report whose gates all hold, got {words}")
     given = report.thresholds
-    for name, limit in (("agreement", AGREEMENT), ("adjoint", ADJOINT)):
+    upper = {"agreement": AGREEMENT, "adjoint": ADJOINT}
+    if report.several_gates:
+        upper |= {"c2st": C2ST, "weights": WEIGHTS}
+    for name, limit in upper.items():
         if not given[name] <= limit:
             raise PromotionError(
                 f"{where}expected the gate of {name} at {limit:g} or stricter, got {given[name]:g}"
@@ -105,6 +118,7 @@ def promote(
     settings: dict[str, Any] | None = None,
     energy: Energy | None = None,
     events: int = EVENTS,
+    guard: Guard | None = None,
 ) -> Bundle:
     """Write a head and its report to one file, if the gates let it through.
 
@@ -117,11 +131,13 @@ def promote(
             `build(**settings)`.
         energy: the J that the oracle minimised, where it is not the one made of `problem`.
         events: the fewest that the gates must have seen.
+        guard: set with this head on this problem; its thresholds are written beside the weights.
 
     Raises:
         PromotionError: on a report that did not pass, that passed wider gates than the package's
             or with more than `LEFT_OUT` of the events left out, that was made for other weights,
-            for another problem, by another release, or on too few events. Nothing is written.
+            for another problem, by another release, or on too few events; on a guard of another
+            head or another J. Nothing is written.
         amortlib.CheckpointError: on settings that JSON cannot hold.
     """
     _check_gates(report)
@@ -130,7 +146,8 @@ def promote(
             f"expected the report of these weights, {fingerprint(posterior)[:12]}, got one of "
             f"{report.head[:12]}: run the gates on the head that is to be deployed"
         )
-    here = _problem(problem, energy)
+    energy = _energy(problem, energy)
+    here = problem_fingerprint(energy, problem.obs_noise)
     if report.problem != here:
         raise PromotionError(
             f"expected the report of this problem, {here[:12]}, got one of {report.problem[:12]}: "
@@ -154,8 +171,75 @@ def promote(
         "report": report.to_json(),
         "versions": versions,
     }
-    export.save(path, posterior, settings=header)
-    return Bundle(posterior, report, settings, versions)
+    if guard is None:
+        export.save(path, posterior, settings=header)
+        return Bundle(posterior, report, settings, versions)
+    thresholds = guard.thresholds
+    guard = _guard(thresholds, posterior, energy)
+    header["guard"] = _described(thresholds)
+    export.save(path, _together(posterior, thresholds), settings=header)
+    return Bundle(posterior, report, settings, versions, guard)
+
+
+def _guard(thresholds: Thresholds, posterior: AmortizedPosterior, energy: Energy) -> Guard:
+    try:
+        return thresholds.guard(posterior, energy)
+    except GuardError as err:
+        raise PromotionError(f"the guard is not of this head and problem: {err}") from err
+
+
+def _together(posterior: AmortizedPosterior, thresholds: Thresholds) -> dict[str, Any]:
+    arrays = (thresholds.seen, thresholds.centre, thresholds.scale)
+    return {"posterior": posterior, "guard": arrays}
+
+
+def _described(thresholds: Thresholds) -> dict[str, Any]:
+    """What is not an array, and what the arrays have to be."""
+    seen, centre = np.asarray(thresholds.seen.fall), np.asarray(thresholds.centre)
+    return {
+        "head": thresholds.head,
+        "problem": thresholds.problem,
+        "rate": thresholds.rate,
+        "slopes": thresholds.slopes,
+        "level": thresholds.level,
+        "wrong": thresholds.wrong,
+        "seen": [seen.size, seen.dtype.name],
+        "context": [centre.size, centre.dtype.name],
+        "digest": fingerprint(thresholds),
+    }
+
+
+def _template(described: dict[str, Any]) -> Thresholds:
+    """Thresholds of the same sizes, for a file's arrays to be read into."""
+    (n, kind), (c, of_context) = described["seen"], described["context"]
+    one = Signs(**{name: jnp.zeros(()) for name in Signs.__dataclass_fields__})
+    plain = {name: described[name] for name in ("head", "problem", "rate", "slopes")}
+    return Thresholds(
+        **plain,
+        level=described["level"],
+        wrong=described["wrong"],
+        seen=jax.tree.map(lambda _: jnp.zeros(n, kind), one),
+        centre=jnp.zeros(c, of_context),
+        scale=jnp.zeros(c, of_context),
+    )
+
+
+def _read(
+    path: str | os.PathLike, posterior: AmortizedPosterior, described: dict[str, Any]
+) -> tuple[AmortizedPosterior, Thresholds]:
+    """The weights and the guard's thresholds that stand in one file."""
+    # A guard that was set in double precision is one, whatever is switched on here.
+    with jax.enable_x64(True):
+        thresholds = _template(described)
+        loaded = export.load(path, _together(posterior, thresholds))
+    arrays = loaded["guard"]
+    thresholds = eqx.tree_at(lambda t: (t.seen, t.centre, t.scale), thresholds, arrays)
+    if fingerprint(thresholds) != described["digest"]:
+        raise CheckpointError(
+            f"{path}: expected the guard that was promoted, got another: its thresholds were "
+            "changed after it was written"
+        )
+    return loaded["posterior"], thresholds
 
 
 def load_bundle(
@@ -175,9 +259,10 @@ def load_bundle(
 
     Raises:
         amortlib.CheckpointError: on a file that is missing, damaged, of another version, or holds
-            weights that were never promoted; on a `build` that makes another posterior.
+            weights that were never promoted; on a `build` that makes another posterior; on a
+            guard whose thresholds are not those that were promoted.
         PromotionError: on a bundle of another problem or another release, or whose report does not
-            hold.
+            hold; on a guard of other weights or another J.
     """
     header = export.read_settings(path)
     if header.get("kind") != _KIND:
@@ -197,18 +282,29 @@ def load_bundle(
             f"{path}: promoted with amortlib {versions.get('amortlib')}, and this is {installed}: "
             "run the gates again and promote anew"
         )
-    here = _problem(problem, energy)
+    energy = _energy(problem, energy)
+    here = problem_fingerprint(energy, problem.obs_noise)
     if report.problem != here:
         raise PromotionError(
             f"{path}: promoted for problem {report.problem[:12]}, and this is {here[:12]}: the "
             "prior, the forward model or the noise is another"
         )
     settings = header["settings"]
-    posterior = export.load(path, build(**settings))
+    posterior, thresholds = build(**settings), None
+    if "guard" in header:
+        posterior, thresholds = _read(path, posterior, header["guard"])
+    else:
+        posterior = export.load(path, posterior)
     found = fingerprint(posterior)
     if found != report.head:
         raise CheckpointError(
             f"{path}: expected build(**settings) to make the posterior that passed, "
             f"{report.head[:12]}, got {found[:12]}: its parts differ although its arrays fit"
         )
-    return Bundle(posterior, report, settings, versions)
+    if thresholds is None:
+        return Bundle(posterior, report, settings, versions)
+    try:
+        guard = _guard(thresholds, posterior, energy)
+    except PromotionError as err:
+        raise PromotionError(f"{path}: {err}") from err
+    return Bundle(posterior, report, settings, versions, guard)

@@ -22,9 +22,15 @@ class GuardedHead(eqx.Module):
 
     Attributes:
         guard: which holds the head and J.
+
+    Raises:
+        amortlib.guard.GuardError: on a guard around another head than it was set with.
     """
 
     guard: Guard
+
+    def __check_init__(self):
+        self.guard.check()
 
     def __call__(self, event: Event, key: Key) -> dict[str, Array]:
         """Mode and standard deviations of one event, `(d,)` each, and a status.

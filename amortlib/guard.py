@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from amortlib.calibration.adjoint import ADJOINT, jacobian_error
 from amortlib.calibration.agreement import AGREEMENT, mode_distance
+from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
 from amortlib.calibration.importance import importance_figures
 from amortlib.energy import Energy
 from amortlib.laplace import laplace, mode_jacobian, residual_jacobian
@@ -31,7 +32,7 @@ from amortlib.posterior import AmortizedPosterior
 from amortlib.refine import refine
 from amortlib.types import Array, Event, Fixed, Key
 
-__all__ = ["Guard", "GuardError", "Judgement", "Signs", "Trust", "calibrate"]
+__all__ = ["Guard", "GuardError", "Judgement", "Signs", "Thresholds", "Trust", "calibrate"]
 
 DRAWS = 100
 """Draws of q for its importance weights: 20 of them are the tail that k-hat is fitted to."""
@@ -137,6 +138,7 @@ class Guard(eqx.Module):
         seen: values of each sign on the others, sorted, arrays of shape `(n,)`.
         centre: mean of the context's features on them.
         scale: their standard deviations.
+        head: digest of the weights that it was set with.
     """
 
     posterior: Fixed
@@ -148,6 +150,35 @@ class Guard(eqx.Module):
     seen: Signs
     centre: Float[Array, " c"]
     scale: Float[Array, " c"]
+    head: str = eqx.field(static=True)
+
+    def check(self) -> None:
+        """Whether the head is the one that the guard was set with.
+
+        Raises:
+            GuardError: where its weights are others: what is usual for one head is not for another.
+        """
+        found = fingerprint(self.posterior.tree)
+        if found != self.head:
+            raise GuardError(
+                f"expected the head that the guard was set with, {self.head[:12]}, got "
+                f"{found[:12]}: calibrate the guard of the head that is to answer"
+            )
+
+    @property
+    def thresholds(self) -> "Thresholds":
+        """All that was set, without the head and without J: what a bundle keeps."""
+        return Thresholds(
+            head=self.head,
+            problem=problem_fingerprint(self.energy.tree),
+            rate=self.rate,
+            slopes=self.slopes,
+            level=self.level,
+            wrong=self.wrong,
+            seen=self.seen,
+            centre=self.centre,
+            scale=self.scale,
+        )
 
     def signs(self, event: Event, *, key: Key) -> tuple[Signs, Float[Array, " d"]]:
         """The signs of one event, and the refined state."""
@@ -170,6 +201,69 @@ class Guard(eqx.Module):
         trust = jnp.where(refine_it, int(Trust.REFINE), int(Trust.TRUST))
         trust = jnp.where(solve_it, int(Trust.SOLVE), trust)
         return Judgement(trust, jnp.minimum(mends, stays), signs, refined)
+
+
+class Thresholds(eqx.Module):
+    """What [`calibrate`][] has set, to be kept beside the weights of a head.
+
+    Attributes:
+        head: digest of the weights that it was set with.
+        problem: digest of the prior, the forward model and R, where it is fixed.
+        rate: as in [`Guard`][], and so the rest.
+        slopes: see there.
+        level: see there.
+        wrong: see there.
+        seen: see there.
+        centre: see there.
+        scale: see there.
+    """
+
+    head: str = eqx.field(static=True)
+    problem: str = eqx.field(static=True)
+    rate: float = eqx.field(static=True)
+    slopes: bool = eqx.field(static=True)
+    level: float
+    wrong: float
+    seen: Signs
+    centre: Float[Array, " c"]
+    scale: Float[Array, " c"]
+
+    def guard(self, posterior: AmortizedPosterior, energy: Energy) -> Guard:
+        """The guard again, around its head.
+
+        Args:
+            posterior: the head that it was set with.
+            energy: the J that it was set with.
+
+        Raises:
+            GuardError: on another head or another J, or on thresholds that no guard can have.
+        """
+        self._check_values()
+        found = problem_fingerprint(energy)
+        if found != self.problem:
+            raise GuardError(
+                f"expected the J that the guard was set with, {self.problem[:12]}, got "
+                f"{found[:12]}: the prior, the forward model or R is another"
+            )
+        arrays = jax.tree.map(jnp.asarray, (self.seen, self.centre, self.scale))
+        set_so = (self.rate, self.slopes, self.level, self.wrong)
+        made = Guard(Fixed(posterior), Fixed(energy), *set_so, *arrays, self.head)
+        made.check()
+        return made
+
+    def _check_values(self) -> None:
+        if not (0.0 < self.rate < 1.0 and 0.0 <= self.level <= 1.0 and 0.0 <= self.wrong <= 1.0):
+            raise GuardError(
+                "expected a rate, a level and a share of wrong answers between 0 and 1, got "
+                f"{self.rate:g}, {self.level:g} and {self.wrong:g}"
+            )
+        for name in Signs.__dataclass_fields__:
+            values = np.asarray(getattr(self.seen, name))
+            # NaN compares with nothing, and so is found here, too.
+            if values.size == 0 or not (values[:-1] <= values[1:]).all() or np.isnan(values[0]):
+                raise GuardError(
+                    f"expected the seen values of {name!r} in rising order, got others"
+                )
 
 
 def _tail(seen: Float[Array, " n"], value: Float[Array, ""]) -> Float[Array, ""]:
@@ -323,4 +417,5 @@ def calibrate(
     # An event is among those that it is compared with, and `_tail` counts it once more.
     least = np.min(tails, axis=0) - 1.0 / (kept + 1.0)
     level, wrong = float(np.quantile(least, rate)), 1.0 - kept / n
-    return Guard(Fixed(posterior), Fixed(energy), rate, slopes, level, wrong, seen, centre, scale)
+    set_so = (rate, slopes, level, wrong, seen, centre, scale, fingerprint(posterior))
+    return Guard(Fixed(posterior), Fixed(energy), *set_so)

@@ -124,6 +124,8 @@ if os.environ.get("AMORTLIB_ALL"):
         ("refinement", "both gates"),
         ("one_pass", "taught by"),
         ("search_gates", "caught"),
+        ("several", "one piece missing"),
+        ("alarms", "called faulty"),
         ("clear_flow", "first percentile"),
         ("bimodal", "mode weight"),
     ]

@@ -13,11 +13,14 @@ from _kit.exact import exact_analysis
 
 from amortlib import export
 from amortlib.bundle import Bundle, PromotionError, load_bundle, promote
-from amortlib.calibration import GateReport, fingerprint, run_gates
+from amortlib.calibration import GateReport, SeveralMinima, fingerprint, run_gates
+from amortlib.energy import Energy
 from amortlib.export import CheckpointError
+from amortlib.guard import Guard, GuardError, Thresholds, calibrate
 from amortlib.observation import GaussianNoise
 from amortlib.posterior import AmortizedPosterior, regression_posterior
 from amortlib.problems import InverseProblem, ornstein_uhlenbeck
+from amortlib.types import Fixed
 
 N = 4
 
@@ -202,3 +205,152 @@ def test_a_bundle_of_another_release_is_refused(file: Path) -> None:
     rewritten(file, versions={"amortlib": "0.0.1", "jax": "0.9"})
     with pytest.raises(PromotionError, match=r"promoted with amortlib 0\.0\.1"):
         load_bundle(file, build, problem())
+
+
+# --- the guard beside the weights -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guard() -> Guard:
+    """Set with the untrained head, on those of many events on which it happens to be right."""
+    made = problem()
+    _, events = made.batch(jax.random.key(3), 1000)
+    energy = Energy(made.prior, made.forward)
+    return calibrate(build(), energy, events, key=jax.random.key(4), rate=0.05)
+
+
+@pytest.fixture
+def guarded(passing: GateReport, guard: Guard, tmp_path: Path) -> Path:
+    path = tmp_path / "guarded.safetensors"
+    settings = {"kind": "information"}
+    made = promote(path, build(), problem(), passing, settings=settings, events=200, guard=guard)
+    assert made.guard is not None
+    return path
+
+
+def test_a_guard_comes_back_and_judges_as_before(guarded: Path, guard: Guard) -> None:
+    found = load_bundle(guarded, lambda kind: build(kind, seed=9), problem())
+    assert found.guard is not None
+    assert found.guard.level == guard.level
+    assert found.guard.rate == guard.rate
+    assert fingerprint(found.guard.thresholds) == fingerprint(guard.thresholds)
+    assert fingerprint(found.posterior) == fingerprint(build())
+    _, events = problem().batch(jax.random.key(8), 20)
+    keys = jax.random.split(jax.random.key(9), 20)
+    judge = eqx.filter_jit(lambda g: jax.vmap(lambda e, k: g(e, key=k))(events, keys))
+    for a, b in zip(
+        jax.tree.leaves(judge(guard)), jax.tree.leaves(judge(found.guard)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_bundle_without_a_guard_has_none(file: Path) -> None:
+    assert "guard" not in export.read_settings(file)  # as files were before
+    assert load_bundle(file, build, problem()).guard is None
+
+
+def test_a_report_of_the_first_version_is_still_a_bundle(file: Path) -> None:
+    data = json.loads(export.read_settings(file)["report"])
+    del data["several"], data["rates"]
+    data["version"] = 1
+    data["thresholds"] = {k: data["thresholds"][k] for k in ("agreement", "adjoint", "sbc")}
+    rewritten(file, report=json.dumps(data))
+    assert load_bundle(file, build, problem()).report.passed
+
+
+def test_a_guard_is_of_its_own_head_and_its_own_energy(guard: Guard) -> None:
+    made = problem()
+    energy = Energy(made.prior, made.forward)
+    kept = guard.thresholds
+    assert kept.guard(build(), energy).level == guard.level
+    with pytest.raises(GuardError, match="head that the guard was set with"):
+        kept.guard(build(seed=1), energy)
+    other = ornstein_uhlenbeck(N, timescale=4.0, noise=0.3)
+    with pytest.raises(GuardError, match="J that the guard was set with"):
+        kept.guard(build(), Energy(other.prior, other.forward))
+    moved = eqx.tree_at(lambda g: g.posterior, guard, Fixed(build(seed=1)))
+    with pytest.raises(GuardError, match="head that the guard was set with"):
+        moved.check()
+
+
+@pytest.mark.parametrize("of", ["head", "energy"])
+def test_a_guard_of_another_head_or_energy_is_not_promoted(
+    passing: GateReport, guard: Guard, tmp_path: Path, of: str
+) -> None:
+    other = ornstein_uhlenbeck(N, timescale=4.0, noise=0.3)
+    wrong = {
+        "head": dataclasses.replace(guard, head="00" * 32),
+        "energy": dataclasses.replace(guard, energy=Fixed(Energy(other.prior, other.forward))),
+    }[of]
+    with pytest.raises(PromotionError, match="guard is not of this head and problem"):
+        promote(tmp_path / "head", build(), problem(), passing, events=200, guard=wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def tampered(path: Path, guard: Guard, change: Any, **header: Any) -> None:
+    """The file anew, with other thresholds, its digest in order."""
+    kept = change(guard.thresholds)
+    arrays = (kept.seen, kept.centre, kept.scale)
+    settings = export.read_settings(path)
+    settings["guard"] |= header
+    export.save(path, {"posterior": build(), "guard": arrays}, settings=settings)
+
+
+def test_thresholds_that_were_changed_are_refused(guarded: Path, guard: Guard) -> None:
+    def looser(kept: Thresholds) -> Thresholds:
+        return eqx.tree_at(lambda t: t.seen.high, kept, kept.seen.high + 1.0)
+
+    tampered(guarded, guard, looser)
+    with pytest.raises(CheckpointError, match="thresholds were changed"):
+        load_bundle(guarded, build, problem())
+    for name, value in {"level": guard.level / 2, "head": "11" * 32, "rate": 0.5}.items():
+        tampered(guarded, guard, lambda kept: kept, **{name: value})
+        with pytest.raises(CheckpointError, match="thresholds were changed"):
+            load_bundle(guarded, build, problem())
+        tampered(guarded, guard, lambda kept: kept, **{name: getattr(guard, name)})
+    assert load_bundle(guarded, build, problem()).guard is not None
+
+
+def test_a_guard_of_other_weights_in_the_file_is_refused(guarded: Path, guard: Guard) -> None:
+    """Its own digest is in order: it is whole, and of another head."""
+    other = dataclasses.replace(guard.thresholds, head="11" * 32)
+    tampered(guarded, guard, lambda _: other, head=other.head, digest=fingerprint(other))
+    with pytest.raises(PromotionError, match="guard is not of this head"):
+        load_bundle(guarded, build, problem())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: dataclasses.replace(t, level=1.5), "between 0 and 1"),
+        (lambda t: eqx.tree_at(lambda t: t.seen.fall, t, t.seen.fall[::-1]), "'fall' in rising"),
+        (lambda t: eqx.tree_at(lambda t: t.seen.low, t, t.seen.low * np.nan), "'low' in rising"),
+    ],
+)
+def test_thresholds_that_no_guard_has_are_refused(guard: Guard, change: Any, words: str) -> None:
+    energy = Energy(problem().prior, problem().forward)
+    with pytest.raises(GuardError, match=words):
+        change(guard.thresholds).guard(build(), energy)
+
+
+def test_a_head_that_fails_where_there_are_several_minima_is_refused(
+    passing: GateReport, tmp_path: Path
+) -> None:
+    one = np.zeros(1)
+    found = SeveralMinima(
+        event=np.array([3]),
+        minima=np.array([2]),
+        reference=one + 5000,
+        c2st=one + 0.5,
+        weight_error=one + 0.4,
+        weight_floor=one + 0.01,
+        kl=None,
+        draws=1000,
+    )
+    report = dataclasses.replace(passing, several=found, single=np.arange(200) != 3)
+    with pytest.raises(PromotionError, match="gates all hold, got weights: the weights of the"):
+        promote(tmp_path / "head", build(), problem(), report, events=200)
+    wide = dataclasses.replace(report, thresholds=report.thresholds | {"weights": 1e3})
+    assert wide.passed
+    with pytest.raises(PromotionError, match="gate of weights at 2 or stricter, got 1000"):
+        promote(tmp_path / "head", build(), problem(), wide, events=200)

@@ -30,6 +30,7 @@ from amortlib.calibration.importance import (
     importance_figures,
     pareto_khat,
 )
+from amortlib.calibration.rates import FALSE_ALARM, Rates, rates
 from amortlib.calibration.report import EVENTS, GateError, GateReport, Verdict
 from amortlib.calibration.sbc import (
     ALPHA,
@@ -41,6 +42,8 @@ from amortlib.calibration.sbc import (
     uniform_p,
     uniformity_p,
 )
+from amortlib.calibration.several import SEVERAL, SeveralMinima, judge_several
+from amortlib.calibration.two_sample import c2st
 
 __all__ = [
     "ADJOINT",
@@ -49,15 +52,20 @@ __all__ = [
     "BINS",
     "DRAWS",
     "EVENTS",
+    "FALSE_ALARM",
     "IMPORTANCE_DRAWS",
     "KHAT",
+    "SEVERAL",
     "GateError",
     "GateReport",
     "ImportanceFigures",
     "NormBounds",
     "Products",
+    "Rates",
+    "SeveralMinima",
     "Verdict",
     "bin_counts",
+    "c2st",
     "coverage_curve",
     "curve_band",
     "density_rank",
@@ -65,6 +73,7 @@ __all__ = [
     "holm",
     "importance_figures",
     "jacobian_error",
+    "judge_several",
     "mode_distance",
     "mode_products",
     "norm_bounds",
@@ -74,6 +83,7 @@ __all__ = [
     "probe_adjoint",
     "problem_fingerprint",
     "rank",
+    "rates",
     "run_gates",
     "tarp_rank",
     "uniform_p",

@@ -18,6 +18,7 @@ from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
 from amortlib.calibration.importance import importance_figures
 from amortlib.calibration.report import GateError, GateReport, check_sizes
 from amortlib.calibration.sbc import BINS, DRAWS, holm, rank, uniform_p
+from amortlib.calibration.several import SEVERAL, judge_several
 from amortlib.energy import Energy
 from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
 from amortlib.problems import InverseProblem
@@ -48,8 +49,12 @@ def run_gates(
     batch: int = 50,
     excluded: int = 0,
     double: bool = True,
+    several: int = SEVERAL,
 ) -> GateReport:
     """Judge a head by posterior agreement, adjoint calibration and simulation-based calibration.
+
+    Where an event has several minima, the first two have no right answer, and some such events
+    are held against a long-run reference.
 
     The events are fresh: drawn from the simulator, never trained on, never used to choose
     anything. One program is compiled and runs over batches of events.
@@ -69,6 +74,9 @@ def run_gates(
         excluded: how many events were left out for want of an oracle's answer, for the report.
             Leaving out by what was seen, and not by the truth, does no harm to SBC.
         double: run head and J in double precision, so that the head is judged and not rounding.
+        several: how many of the events with several minima are held against a long-run reference,
+            the first of them; 0 for none. What it costs is in
+            [`judge_several`][amortlib.calibration.several.judge_several].
 
     Raises:
         GateError: on no events, on counts that differ, on a head, a simulator and an oracle that
@@ -139,6 +147,11 @@ def run_gates(
                 f"expected {words}, got NaN or an infinite state at {int((~fine).sum())} of {n} "
                 f"events, the first of them event {int(np.argmin(fine))}"
             )
+    with jax.enable_x64(double):
+        # After the checks: a head that returns NaN has been refused by now.
+        several_found = judge_several(
+            model, energy_, events_, analysis, key=jax.random.fold_in(key, n), most=several
+        )
     pit = found.pop("pit")
     cells = np.clip((pit * bins).astype(int), 0, bins - 1)
     return GateReport(
@@ -161,6 +174,7 @@ def run_gates(
         head=fingerprint(posterior),
         problem=problem_fingerprint(energy, problem.obs_noise),
         versions={name: importlib.metadata.version(name) for name in ("amortlib", "jax")},
+        several=several_found,
     )
 
 

@@ -13,7 +13,9 @@ import numpy as np
 from amortlib.calibration.adjoint import ADJOINT
 from amortlib.calibration.agreement import AGREEMENT
 from amortlib.calibration.importance import KHAT
+from amortlib.calibration.rates import Rates, rates
 from amortlib.calibration.sbc import ALPHA, holm, uniformity_p
+from amortlib.calibration.several import C2ST, WEIGHTS, SeveralMinima, weight_limit
 
 __all__ = ["EVENTS", "GateError", "GateReport", "Verdict"]
 
@@ -100,7 +102,10 @@ class GateReport:
         head: digest of the head's weights.
         problem: digest of prior, forward model and noise.
         versions: of amortlib and jax.
-        thresholds: of the gates: `agreement`, `adjoint`, `sbc`.
+        thresholds: of the gates: `agreement`, `adjoint`, `sbc`; on events with several minima
+            `c2st` and `weights`, which is in times of the Monte Carlo floor.
+        several: what was found on the first of the events with several minima, `None` where there
+            are none or nobody looked.
     """
 
     agreement: np.ndarray
@@ -123,11 +128,19 @@ class GateReport:
     problem: str
     versions: dict[str, str]
     thresholds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"agreement": AGREEMENT, "adjoint": ADJOINT, "sbc": ALPHA}
+        default_factory=lambda: {
+            "agreement": AGREEMENT,
+            "adjoint": ADJOINT,
+            "sbc": ALPHA,
+            "c2st": C2ST,
+            "weights": WEIGHTS,
+        }
     )
+    several: SeveralMinima | None = None
 
-    FORMAT: ClassVar[int] = 1
-    """Version of the file that `to_json` writes."""
+    FORMAT: ClassVar[int] = 2
+    """Version of the file that `to_json` writes. In the first nothing was said of several minima;
+    it is read, too."""
 
     def __post_init__(self):
         n = self.agreement.size
@@ -157,11 +170,34 @@ class GateReport:
             if ranks is not None and (ranks.min() < 0 or ranks.max() > self.draws):
                 raise GateError(f"expected {name} from 0 to {self.draws}, got others")
         check_sizes(n, self.draws, self.bins)
+        self._check_several()
         if not self.single.any():
             raise GateError(
                 f"expected at least one event with a single minimum, got none of {n}: on the "
                 "others the first two gates have no single right answer"
             )
+
+    def _check_several(self) -> None:
+        found = self.several
+        if found is None:
+            return
+        size = found.event.size
+        if size == 0 or not np.isin(found.event, np.flatnonzero(~self.single)).all():
+            raise GateError("expected events with several minima in `several`, got others or none")
+        for field in dataclasses.fields(found):
+            values = getattr(found, field.name)
+            if not isinstance(values, np.ndarray):
+                continue
+            if values.shape != (size,):
+                raise GateError(
+                    f"expected several.{field.name} of shape {(size,)}, got {values.shape}"
+                )
+            bad = np.flatnonzero(np.isnan(values))
+            if bad.size:
+                raise GateError(
+                    f"expected numbers in several.{field.name}, got NaN at event "
+                    f"{found.event[bad[0]]}"
+                )
 
     # --- what is made from it -----------------------------------------------------------------
 
@@ -215,6 +251,11 @@ class GateReport:
         return out
 
     @property
+    def rates(self) -> Rates:
+        """How often gates of these sizes err: false alarms, and planted faults that they catch."""
+        return rates(self.events, int(self.single.sum()), self.draws, self.bins)
+
+    @property
     def gates(self) -> tuple[Verdict, Verdict, Verdict]:
         """The three verdicts."""
         return (
@@ -224,9 +265,40 @@ class GateReport:
         )
 
     @property
+    def several_gates(self) -> tuple[Verdict, ...]:
+        """The verdicts on events with several minima: C2ST and the weights of the pieces.
+
+        Empty where there are no such events, where nobody looked, or where no reference was worth
+        its draws.
+        """
+        found = self.several
+        if found is None or not found.judged.any():
+            return ()
+        some, n = found.judged, int(found.judged.sum())
+        score, limit = found.c2st[some], self.thresholds["c2st"]
+        words = (
+            f"a classifier tells q from the reference in {100 * score.mean():.1f}% of cases in the "
+            f"mean of {n} events with several minima, at most {100 * limit:g}% allowed; worst "
+            f"{100 * score.max():.1f}%, on event {found.event[some][score.argmax()]}"
+        )
+        first = Verdict(
+            "c2st", bool(score.mean() <= limit), float(score.mean()), limit, n, (), words
+        )
+        # `weight_limit` is for the package's own threshold, and another scales with it.
+        times = weight_limit(n) * self.thresholds["weights"] / WEIGHTS
+        error, floor = found.weight_error[some], float(found.weight_floor[some].mean())
+        words = (
+            f"the weights of the pieces are off by {error.mean():.3g} in the mean of {n} events, "
+            f"{times:g} times the Monte Carlo floor of {floor:.3g} allowed; worst "
+            f"{error.max():.3g}, on event {found.event[some][error.argmax()]}"
+        )
+        fine = bool(error.mean() <= times * floor)
+        return first, Verdict("weights", fine, float(error.mean()), times * floor, n, (), words)
+
+    @property
     def passed(self) -> bool:
-        """Whether all three gates hold."""
-        return all(gate.passed for gate in self.gates)
+        """Whether all three gates hold, and what was asked of events with several minima."""
+        return all(gate.passed for gate in (*self.gates, *self.several_gates))
 
     @property
     def failing(self) -> tuple[int, ...]:
@@ -268,21 +340,13 @@ class GateReport:
         """The report in plain words."""
         verdict = "all three gates hold" if self.passed else "NOT every gate holds"
         lines = [f"Gates on {self.events} events: {verdict}."]
-        for gate in self.gates:
+        for gate in (*self.gates, *self.several_gates):
             lines.append(f"  {gate.name:10s} {'pass' if gate.passed else 'FAIL'}  {gate.words}.")
         if self.failing:
             some = ", ".join(map(str, self.failing[:10]))
             more = "" if len(self.failing) <= 10 else f" and {len(self.failing) - 10} more"
             lines.append(f"  Failing events: {some}{more}.")
-        several = ~self.single
-        if several.any():
-            lines.append(
-                f"  {int(several.sum())} events have several minima and are judged by SBC alone; "
-                f"on them the mode distance is {np.median(self.agreement[several]):.3g} in the "
-                f"median, the Jacobian's error {np.median(self.adjoint[several]):.3g}."
-            )
-        else:
-            lines.append("  Every event has a single minimum.")
+        lines += [f"  {line}" for line in self._words_on_several()]
         if not self.sure.all():
             lines.append(
                 f"  On {int((~self.sure).sum())} events the oracle is not sure that it found "
@@ -290,6 +354,7 @@ class GateReport:
             )
         if self.excluded:
             lines.append(f"  {self.excluded} more events were left out: no oracle's answer.")
+        lines.append(f"  {self.rates.words}")
         if self.events < EVENTS:
             lines.append(
                 f"  With fewer than {EVENTS} events a small fault may pass SBC: "
@@ -323,6 +388,31 @@ class GateReport:
         lines.append(f"Weights {self.head[:12]}, problem {self.problem[:12]}.")
         return "\n".join(lines)
 
+    def _words_on_several(self) -> list[str]:
+        several, found = ~self.single, self.several
+        if not several.any():
+            return ["Every event has a single minimum."]
+        lines = [
+            f"{int(several.sum())} events have several minima, where the first two gates have no "
+            f"right answer: the mode distance is {np.median(self.agreement[several]):.3g} in the "
+            f"median, the Jacobian's error {np.median(self.adjoint[several]):.3g}."
+        ]
+        if found is None:
+            return [*lines, "None of them was held against a reference: they count in SBC alone."]
+        lines.append(
+            f"The first {found.event.size} of them were held against a reference, worth "
+            f"{found.reference.min():.0f} to {found.reference.max():.0f} draws of the posterior."
+        )
+        lost = int((~found.judged).sum())
+        if lost:
+            lines.append(
+                f"On {lost} of these it is worth fewer than {found.draws}, and nothing is judged."
+            )
+        if found.kl is not None:
+            low, high = np.median(found.kl), found.kl.max()
+            lines.append(f"KL(p || q) there: median {low:.3g}, largest {high:.3g} nats.")
+        return lines
+
     # --- files --------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -332,12 +422,19 @@ class GateReport:
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
                 value = _listed(value)
+            if isinstance(value, SeveralMinima):
+                value = {
+                    part.name: _listed(entry) if isinstance(entry, np.ndarray) else entry
+                    for part in dataclasses.fields(value)
+                    for entry in [getattr(value, part.name)]
+                }
             data[field.name] = list(value) if isinstance(value, tuple) else value
         data["passed"] = self.passed
         data["gates"] = [
             {**dataclasses.asdict(gate), "value": _listed(np.array(gate.value))}
-            for gate in self.gates
+            for gate in (*self.gates, *self.several_gates)
         ]
+        data["rates"] = dataclasses.asdict(self.rates)
         data["sbc_p"], data["diagnostics"] = self.sbc_p, self.diagnostics
         return data
 
@@ -365,23 +462,17 @@ class GateReport:
             raise GateError(f"expected a gate report in JSON: {err}") from err
         if not isinstance(data, dict) or data.get("format") != "amortlib gate report":
             raise GateError("expected a report written by GateReport.to_json")
-        if data.get("version") != cls.FORMAT:
+        if data.get("version") == 1:
+            data = {**data, "several": None}
+        elif data.get("version") != cls.FORMAT:
             raise GateError(
                 f"expected version {cls.FORMAT} of the report, got {data.get('version')}; "
                 "run the gates again with this release"
             )
         given: dict[str, Any] = {}
-        types: dict[str, type] = {
-            **dict.fromkeys(("single", "sure"), bool),
-            **dict.fromkeys(("ranks", "tarp", "coverage", "average"), int),
-            **dict.fromkeys(("agreement", "adjoint", "kl", "ess", "khat"), float),
-        }
         try:
             for field in dataclasses.fields(cls):
-                value = data[field.name]
-                if field.name in types and value is not None:
-                    value = np.array(value, types[field.name])
-                given[field.name] = tuple(value) if field.name == "names" else value
+                given[field.name] = _read(field.name, data[field.name])
             report = cls(**given)
         except (KeyError, TypeError, ValueError) as err:
             raise GateError(f"expected a whole report: {type(err).__name__}: {err}") from err
@@ -391,6 +482,25 @@ class GateReport:
                 "it was changed after it was written"
             )
         return report
+
+
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("single", "sure"), bool),
+    **dict.fromkeys(("ranks", "tarp", "coverage", "average", "event", "minima"), int),
+    **dict.fromkeys(("agreement", "adjoint", "kl", "ess", "khat"), float),
+    **dict.fromkeys(("reference", "c2st", "weight_error", "weight_floor"), float),
+}
+"""Of the arrays, those of events with several minima among them."""
+
+
+def _read(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name == "names":
+        return tuple(value)
+    if name == "several":
+        return SeveralMinima(**{part: _read(part, entry) for part, entry in value.items()})
+    return np.array(value, _TYPES[name]) if name in _TYPES else value
 
 
 def _p(counts: np.ndarray) -> np.ndarray:

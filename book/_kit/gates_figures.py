@@ -97,3 +97,36 @@ def event_statistics(
     axes[0].set_ylabel("events at or below (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def several_minima(
+    heads: Sequence[tuple[str, ArrayLike, ArrayLike]], c2st: float, weights: float
+) -> Figure:
+    """Events with several minima against a reference: a dot for each, and the mean of each head.
+
+    Args:
+        heads: for each its name, the accuracy of the classifier on every event, and the error of
+            the weights of the pieces in times of its Monte Carlo floor.
+        c2st: what the mean of the first may be at most.
+        weights: what the mean of the second may be at most.
+    """
+    figure = Figure(figsize=style.WIDE)
+    panels = (
+        ("told from the reference (C2ST)", c2st),
+        ("error of the weights / its floor", weights),
+    )
+    rng = np.random.default_rng(0)
+    for k, (ax, (label, limit)) in enumerate(
+        zip(figure.subplots(1, 2, sharey=True), panels, strict=True)
+    ):
+        for row, entry in enumerate(heads):
+            values = np.asarray(entry[k + 1], float)
+            spread = row + 0.12 * rng.uniform(-1, 1, values.size)
+            ax.plot(values, spread, "o", color=style.AMORTIZED, alpha=0.45, markersize=5)
+            ax.plot(values.mean(), row, "|", color=style.EXACT, markersize=26, markeredgewidth=3)
+        ax.axvline(limit, color=style.OBS, linewidth=1.2)
+        ax.set(xlabel=label, ylim=(len(heads) - 0.5, -0.5))
+        if k:
+            ax.set_xscale("log")
+    figure.axes[0].set_yticks(range(len(heads)), [entry[0] for entry in heads])
+    return figure

@@ -143,8 +143,8 @@ def test_other_files_are_refused() -> None:
 
     with pytest.raises(GateError, match="its numbers say False"):
         read(passed=True)
-    with pytest.raises(GateError, match="expected version 1"):
-        read(version=2)
+    with pytest.raises(GateError, match="expected version 2"):
+        read(version=3)
     with pytest.raises(GateError, match="written by GateReport"):
         GateReport.from_json("[1, 2]")
     with pytest.raises(GateError, match="in JSON"):
