@@ -9,7 +9,8 @@ calibration with J among its statistics on all of them. Then a guard that looks 
 the mode too is set on other windows, as they are simulated, with a stated share of false alarms,
 and asked about every window: those that fail a gate should raise an alarm, the others should not.
 
-A calibrated energy is not a calibrated shape: KL, ESS / N and k-hat stand beside the gates.
+A calibrated energy is not a calibrated shape: KL, ESS / N and k-hat stand beside the gates, and on
+the first windows with several minima a classifier against a long-run reference.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def row_of(report: GateReport, trust: np.ndarray) -> dict[str, Any]:
     alarm = trust != int(Trust.TRUST)
     right = report.single.copy()
     right[failing] = False
-    sbc = report.sbc_adjusted
+    sbc, pieces = report.sbc_adjusted, report.several
     return {
         "single": int(report.single.sum()),
         "failing": failing,
@@ -72,6 +73,15 @@ def row_of(report: GateReport, trust: np.ndarray) -> dict[str, Any]:
         "kl": float(report.kl.mean()),
         "ess": float(report.ess.mean()),
         "khat_above": 100 * float((report.khat > KHAT).mean()),
+        "pieces": pieces
+        and {
+            "events": int(pieces.judged.sum()),
+            "c2st": float(pieces.c2st[pieces.judged].mean()),
+            "floors": float(
+                pieces.weight_error[pieces.judged].mean()
+                / pieces.weight_floor[pieces.judged].mean()
+            ),
+        },
     }
 
 
