@@ -1,21 +1,11 @@
-"""One run of the catalogue in a process of its own, for `test_catalogue.py`.
-
-python catalogue_run.py DIRECTORY OUT DEVICES [PORT PROCESS PROCESSES]
-"""
-
-import os
-import sys
-
-if __name__ == "__main__":
-    directory, out, devices, *rest = sys.argv[1:]
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+"""An answer, events and a solver that cost nothing, for the catalogue and the alert."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from amortlib.catalogue import Status, reprocess
+from amortlib.catalogue import Status
 from amortlib.encoders import FlatEncoder
 from amortlib.types import Array, Event, Key
 
@@ -56,22 +46,3 @@ def solve(events: Event, answers: dict[str, np.ndarray], keys: Key) -> dict[str,
     mode = 100.0 + np.nansum(np.where(events.mask, events.y, 0.0), axis=1, keepdims=True)
     draw = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     return {"mode": mode + 0 * answers["mode"], "draw": np.asarray(draw)}
-
-
-if __name__ == "__main__":
-    if rest:
-        port, process, processes = rest
-        jax.distributed.initialize(
-            f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process)
-        )
-    found = reprocess(
-        make_answer(),
-        make_events(),
-        directory,
-        key=jax.random.key(3),
-        fallback=solve,
-        block=8,
-        chunk=64,
-        progress=False,
-    )
-    np.savez(out, status=found.status, devices=jax.device_count(), **found.answers)
