@@ -47,6 +47,8 @@ book: $(STAMP)
 test: $(STAMP)
 	@$(PYTEST)
 
+# Most of its programs run once: XLA is asked to compile them fast, and not to make them fast.
+quick: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 quick: $(STAMP)
 	@$(PYTEST) -m "not slow"
 

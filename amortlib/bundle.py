@@ -5,16 +5,15 @@ becomes a head again. Nothing here is a signature in the sense of cryptography: 
 mistakes, and not against somebody who means to deceive.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from amortlib import export
 from amortlib.calibration.fingerprint import fingerprint, problem_fingerprint
@@ -174,54 +173,37 @@ def promote(
     if guard is None:
         export.save(path, posterior, settings=header)
         return Bundle(posterior, report, settings, versions)
-    thresholds = guard.thresholds
-    guard = _guard(thresholds, posterior, energy)
-    header["guard"] = _described(thresholds)
-    export.save(path, _together(posterior, thresholds), settings=header)
-    return Bundle(posterior, report, settings, versions, guard)
+    with _guard_refused():
+        guard.check()
+        made = guard.thresholds.guard(posterior, energy)
+    header["guard"] = _described(guard.thresholds)
+    export.save(path, {"posterior": posterior, "guard": guard.thresholds}, settings=header)
+    return Bundle(posterior, report, settings, versions, made)
 
 
-def _guard(thresholds: Thresholds, posterior: AmortizedPosterior, energy: Energy) -> Guard:
+@contextlib.contextmanager
+def _guard_refused(where: str = "") -> Generator[None]:
     try:
-        return thresholds.guard(posterior, energy)
+        yield
     except GuardError as err:
-        raise PromotionError(f"the guard is not of this head and problem: {err}") from err
-
-
-def _together(posterior: AmortizedPosterior, thresholds: Thresholds) -> dict[str, Any]:
-    arrays = (thresholds.seen, thresholds.centre, thresholds.scale)
-    return {"posterior": posterior, "guard": arrays}
+        raise PromotionError(f"{where}the guard is not of this head and problem: {err}") from err
 
 
 def _described(thresholds: Thresholds) -> dict[str, Any]:
-    """What is not an array, and what the arrays have to be."""
-    seen, centre = np.asarray(thresholds.seen.fall), np.asarray(thresholds.centre)
-    return {
-        "head": thresholds.head,
-        "problem": thresholds.problem,
-        "rate": thresholds.rate,
-        "slopes": thresholds.slopes,
-        "level": thresholds.level,
-        "wrong": thresholds.wrong,
-        "seen": [seen.size, seen.dtype.name],
-        "context": [centre.size, centre.dtype.name],
-        "digest": fingerprint(thresholds),
-    }
+    """What is not an array, and what the arrays have to be: those of a field are all alike."""
+    fields = {f.name: getattr(thresholds, f.name) for f in dataclasses.fields(thresholds)}
+    plain = {name: v for name, v in fields.items() if isinstance(v, str | bool | float)}
+    leaves = {name: jax.tree.leaves(v)[0] for name, v in fields.items() if name not in plain}
+    arrays = {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in leaves.items()}
+    return {"plain": plain, "arrays": arrays, "digest": fingerprint(thresholds)}
 
 
 def _template(described: dict[str, Any]) -> Thresholds:
     """Thresholds of the same sizes, for a file's arrays to be read into."""
-    (n, kind), (c, of_context) = described["seen"], described["context"]
+    arrays = {name: jnp.zeros(*like) for name, like in described["arrays"].items()}
     one = Signs(**{name: jnp.zeros(()) for name in Signs.__dataclass_fields__})
-    plain = {name: described[name] for name in ("head", "problem", "rate", "slopes")}
-    return Thresholds(
-        **plain,
-        level=described["level"],
-        wrong=described["wrong"],
-        seen=jax.tree.map(lambda _: jnp.zeros(n, kind), one),
-        centre=jnp.zeros(c, of_context),
-        scale=jnp.zeros(c, of_context),
-    )
+    seen = jax.tree.map(lambda _: arrays["seen"], one)
+    return Thresholds(**(described["plain"] | arrays | {"seen": seen}))
 
 
 def _read(
@@ -230,16 +212,14 @@ def _read(
     """The weights and the guard's thresholds that stand in one file."""
     # A guard that was set in double precision is one, whatever is switched on here.
     with jax.enable_x64(True):
-        thresholds = _template(described)
-        loaded = export.load(path, _together(posterior, thresholds))
-    arrays = loaded["guard"]
-    thresholds = eqx.tree_at(lambda t: (t.seen, t.centre, t.scale), thresholds, arrays)
-    if fingerprint(thresholds) != described["digest"]:
+        template: dict[str, Any] = {"posterior": posterior, "guard": _template(described)}
+        loaded = export.load(path, template)
+    if fingerprint(loaded["guard"]) != described["digest"]:
         raise CheckpointError(
             f"{path}: expected the guard that was promoted, got another: its thresholds were "
             "changed after it was written"
         )
-    return loaded["posterior"], thresholds
+    return loaded["posterior"], loaded["guard"]
 
 
 def load_bundle(
@@ -303,8 +283,6 @@ def load_bundle(
         )
     if thresholds is None:
         return Bundle(posterior, report, settings, versions)
-    try:
-        guard = _guard(thresholds, posterior, energy)
-    except PromotionError as err:
-        raise PromotionError(f"{path}: {err}") from err
+    with _guard_refused(f"{path}: "):
+        guard = thresholds.guard(posterior, energy)
     return Bundle(posterior, report, settings, versions, guard)

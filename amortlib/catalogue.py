@@ -3,8 +3,8 @@
 The work is cut into chunks of events. A chunk is spread over the devices, its answers are written
 to a file, and the file is moved into its place: a run that is cut off loses the chunk it was at,
 and goes on from there when it is started again. What an event is answered depends on the event,
-its number and the key, and on nothing else: not on the chunk it is in, nor on how many devices
-or processes share the work.
+its number and the key, and on nothing else but rounding: not on the chunk it is in, nor on how many
+devices or processes share the work. What rounding may change, [`reprocess`][] says.
 """
 
 import enum
@@ -135,7 +135,12 @@ def reprocess(
             their status becomes the `status` it returns, SOLVED where it returns none. It is
             called on the process that holds the events. Without it they stay as they are.
         block: events mapped at once on a device. All devices work through blocks of this size,
-            so that their number does not change how anything is rounded.
+            so that what a head answers in closed form is the same to the last bit whatever their
+            number (as tested on CPUs). What steps on J have made, refined or solved, is the same
+            but for rounding: the compiler may lay a loop out anew for another number of blocks,
+            and the fallback is given as many events at once as a process holds. Where a solver
+            stops by rounding in J, or an event stands at a threshold of its status by no more
+            than that, rounding decides.
         chunk: events in a file; rounded up to whole blocks on every device.
         devices: by default all there are, of all processes.
         progress: show a bar, on standard error.

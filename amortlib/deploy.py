@@ -24,7 +24,7 @@ class GuardedHead(eqx.Module):
         guard: which holds the head and J.
 
     Raises:
-        amortlib.guard.GuardError: on a guard around another head than it was set with.
+        amortlib.guard.GuardError: on a guard around another head or another J than it was set with.
     """
 
     guard: Guard

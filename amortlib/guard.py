@@ -125,12 +125,12 @@ def _flat_context(posterior: AmortizedPosterior, event: Event) -> Float[Array, "
     return ravel_pytree(context)[0]
 
 
-class Guard(eqx.Module):
-    """Judges the head's answer to an event; made by [`calibrate`][].
+class Thresholds(eqx.Module):
+    """What [`calibrate`][] has set: all of a guard but the head and J, kept beside the weights.
 
     Attributes:
-        posterior: the head.
-        energy: J.
+        head: digest of the weights that it was set with.
+        problem: digest of the prior, the forward model and R, where it is fixed.
         rate: share of false alarms: among events as simulated on which the head is right.
         slopes: whether the Jacobian of the head's mode is looked at.
         level: an event whose `tail` is below this is an alarm.
@@ -138,84 +138,6 @@ class Guard(eqx.Module):
         seen: values of each sign on the others, sorted, arrays of shape `(n,)`.
         centre: mean of the context's features on them.
         scale: their standard deviations.
-        head: digest of the weights that it was set with.
-    """
-
-    posterior: Fixed
-    energy: Fixed
-    rate: float = eqx.field(static=True)
-    slopes: bool = eqx.field(static=True)
-    level: float
-    wrong: float
-    seen: Signs
-    centre: Float[Array, " c"]
-    scale: Float[Array, " c"]
-    head: str = eqx.field(static=True)
-
-    def check(self) -> None:
-        """Whether the head is the one that the guard was set with.
-
-        Raises:
-            GuardError: where its weights are others: what is usual for one head is not for another.
-        """
-        found = fingerprint(self.posterior.tree)
-        if found != self.head:
-            raise GuardError(
-                f"expected the head that the guard was set with, {self.head[:12]}, got "
-                f"{found[:12]}: calibrate the guard of the head that is to answer"
-            )
-
-    @property
-    def thresholds(self) -> "Thresholds":
-        """All that was set, without the head and without J: what a bundle keeps."""
-        return Thresholds(
-            head=self.head,
-            problem=problem_fingerprint(self.energy.tree),
-            rate=self.rate,
-            slopes=self.slopes,
-            level=self.level,
-            wrong=self.wrong,
-            seen=self.seen,
-            centre=self.centre,
-            scale=self.scale,
-        )
-
-    def signs(self, event: Event, *, key: Key) -> tuple[Signs, Float[Array, " d"]]:
-        """The signs of one event, and the refined state."""
-        parts = self.posterior.value, self.energy.value
-        return _signs(*parts, event, self.centre, self.scale, key, self.slopes)
-
-    def __call__(self, event: Event, *, key: Key) -> Judgement:
-        """Judge one event; the key draws from q.
-
-        A sign that is not a number is the worst there is.
-        """
-        signs, refined = self.signs(event, key=key)
-        tails = {n: _tail(getattr(self.seen, n), getattr(signs, n)) for n in (*_MENDS, *_STAYS)}
-        mends = jnp.stack([tails[name] for name in _MENDS]).min()
-        stays = jnp.stack([tails[name] for name in _STAYS]).min()
-        # A comparison with NaN is false: asked this way round, it raises the alarm.
-        refine_it = ~(signs.distance <= AGREEMENT) | ~(signs.slope < ADJOINT)
-        refine_it = refine_it | (mends < self.level)
-        solve_it = ~(signs.left <= LEFT) | (stays < self.level)
-        trust = jnp.where(refine_it, int(Trust.REFINE), int(Trust.TRUST))
-        trust = jnp.where(solve_it, int(Trust.SOLVE), trust)
-        return Judgement(trust, jnp.minimum(mends, stays), signs, refined)
-
-
-class Thresholds(eqx.Module):
-    """What [`calibrate`][] has set, to be kept beside the weights of a head.
-
-    Attributes:
-        head: digest of the weights that it was set with.
-        problem: digest of the prior, the forward model and R, where it is fixed.
-        rate: as in [`Guard`][], and so the rest.
-        slopes: see there.
-        level: see there.
-        wrong: see there.
-        seen: see there.
-        centre: see there.
-        scale: see there.
     """
 
     head: str = eqx.field(static=True)
@@ -228,7 +150,7 @@ class Thresholds(eqx.Module):
     centre: Float[Array, " c"]
     scale: Float[Array, " c"]
 
-    def guard(self, posterior: AmortizedPosterior, energy: Energy) -> Guard:
+    def guard(self, posterior: AmortizedPosterior, energy: Energy) -> "Guard":
         """The guard again, around its head.
 
         Args:
@@ -239,15 +161,9 @@ class Thresholds(eqx.Module):
             GuardError: on another head or another J, or on thresholds that no guard can have.
         """
         self._check_values()
-        found = problem_fingerprint(energy)
-        if found != self.problem:
-            raise GuardError(
-                f"expected the J that the guard was set with, {self.problem[:12]}, got "
-                f"{found[:12]}: the prior, the forward model or R is another"
-            )
-        arrays = jax.tree.map(jnp.asarray, (self.seen, self.centre, self.scale))
-        set_so = (self.rate, self.slopes, self.level, self.wrong)
-        made = Guard(Fixed(posterior), Fixed(energy), *set_so, *arrays, self.head)
+        # In the precision that is switched on, whichever they were set in.
+        here = jax.tree.map(lambda leaf: jnp.asarray(leaf) if eqx.is_array(leaf) else leaf, self)
+        made = Guard(Fixed(posterior), Fixed(energy), here)
         made.check()
         return made
 
@@ -264,6 +180,63 @@ class Thresholds(eqx.Module):
                 raise GuardError(
                     f"expected the seen values of {name!r} in rising order, got others"
                 )
+
+
+class Guard(eqx.Module):
+    """Judges the head's answer to an event; made by [`calibrate`][].
+
+    Attributes:
+        posterior: the head.
+        energy: J.
+        thresholds: what was set with these two, see [`Thresholds`][].
+    """
+
+    posterior: Fixed
+    energy: Fixed
+    thresholds: Thresholds
+
+    def check(self) -> None:
+        """Whether the head and J are those that the guard was set with.
+
+        Raises:
+            GuardError: where the head's weights are others, for what is usual for one head is not
+                for another; where the prior, the forward model or R of J is another.
+        """
+        found = fingerprint(self.posterior.tree)
+        if found != self.thresholds.head:
+            raise GuardError(
+                f"expected the head that the guard was set with, {self.thresholds.head[:12]}, got "
+                f"{found[:12]}: calibrate the guard of the head that is to answer"
+            )
+        found = problem_fingerprint(self.energy.tree)
+        if found != self.thresholds.problem:
+            raise GuardError(
+                f"expected the J that the guard was set with, {self.thresholds.problem[:12]}, got "
+                f"{found[:12]}: the prior, the forward model or R is another"
+            )
+
+    def signs(self, event: Event, *, key: Key) -> tuple[Signs, Float[Array, " d"]]:
+        """The signs of one event, and the refined state."""
+        parts, set_so = (self.posterior.value, self.energy.value), self.thresholds
+        return _signs(*parts, event, set_so.centre, set_so.scale, key, set_so.slopes)
+
+    def __call__(self, event: Event, *, key: Key) -> Judgement:
+        """Judge one event; the key draws from q.
+
+        A sign that is not a number is the worst there is.
+        """
+        signs, refined = self.signs(event, key=key)
+        seen, level = self.thresholds.seen, self.thresholds.level
+        tails = {n: _tail(getattr(seen, n), getattr(signs, n)) for n in (*_MENDS, *_STAYS)}
+        mends = jnp.stack([tails[name] for name in _MENDS]).min()
+        stays = jnp.stack([tails[name] for name in _STAYS]).min()
+        # A comparison with NaN is false: asked this way round, it raises the alarm.
+        refine_it = ~(signs.distance <= AGREEMENT) | ~(signs.slope < ADJOINT)
+        refine_it = refine_it | (mends < level)
+        solve_it = ~(signs.left <= LEFT) | (stays < level)
+        trust = jnp.where(refine_it, int(Trust.REFINE), int(Trust.TRUST))
+        trust = jnp.where(solve_it, int(Trust.SOLVE), trust)
+        return Judgement(trust, jnp.minimum(mends, stays), signs, refined)
 
 
 def _tail(seen: Float[Array, " n"], value: Float[Array, ""]) -> Float[Array, ""]:
@@ -416,6 +389,15 @@ def calibrate(
     ]
     # An event is among those that it is compared with, and `_tail` counts it once more.
     least = np.min(tails, axis=0) - 1.0 / (kept + 1.0)
-    level, wrong = float(np.quantile(least, rate)), 1.0 - kept / n
-    set_so = (rate, slopes, level, wrong, seen, centre, scale, fingerprint(posterior))
-    return Guard(Fixed(posterior), Fixed(energy), *set_so)
+    thresholds = Thresholds(
+        head=fingerprint(posterior),
+        problem=problem_fingerprint(energy),
+        rate=rate,
+        slopes=slopes,
+        level=float(np.quantile(least, rate)),
+        wrong=1.0 - kept / n,
+        seen=seen,
+        centre=centre,
+        scale=scale,
+    )
+    return Guard(Fixed(posterior), Fixed(energy), thresholds)

@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         bars.append(Bar.check(f"{name}: false alarms, %", alarms, "<=", ALARM_BAR))
         p = min(by_fraction["0"]["sbc"].values())
         bars.append(Bar.check(f"{name}, no gaps: least p of SBC", p, ">=", 0.01))
-    results = {"posteriors": found, "events": n, "usual": USUAL, "rate": RATE, "wrong": guard.wrong}
+    wrong = guard.thresholds.wrong
+    results = {"posteriors": found, "events": n, "usual": USUAL, "rate": RATE, "wrong": wrong}
     return finish(args, name="search_gates", results=results, bars=bars, seeds=SEEDS)
 
 

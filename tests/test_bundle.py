@@ -231,8 +231,8 @@ def guarded(passing: GateReport, guard: Guard, tmp_path: Path) -> Path:
 def test_a_guard_comes_back_and_judges_as_before(guarded: Path, guard: Guard) -> None:
     found = load_bundle(guarded, lambda kind: build(kind, seed=9), problem())
     assert found.guard is not None
-    assert found.guard.level == guard.level
-    assert found.guard.rate == guard.rate
+    assert found.guard.thresholds.level == guard.thresholds.level
+    assert found.guard.thresholds.rate == guard.thresholds.rate
     assert fingerprint(found.guard.thresholds) == fingerprint(guard.thresholds)
     assert fingerprint(found.posterior) == fingerprint(build())
     _, events = problem().batch(jax.random.key(8), 20)
@@ -262,7 +262,7 @@ def test_a_guard_is_of_its_own_head_and_its_own_energy(guard: Guard) -> None:
     made = problem()
     energy = Energy(made.prior, made.forward)
     kept = guard.thresholds
-    assert kept.guard(build(), energy).level == guard.level
+    assert kept.guard(build(), energy).thresholds.level == kept.level
     with pytest.raises(GuardError, match="head that the guard was set with"):
         kept.guard(build(seed=1), energy)
     other = ornstein_uhlenbeck(N, timescale=4.0, noise=0.3)
@@ -270,6 +270,9 @@ def test_a_guard_is_of_its_own_head_and_its_own_energy(guard: Guard) -> None:
         kept.guard(build(), Energy(other.prior, other.forward))
     moved = eqx.tree_at(lambda g: g.posterior, guard, Fixed(build(seed=1)))
     with pytest.raises(GuardError, match="head that the guard was set with"):
+        moved.check()
+    moved = eqx.tree_at(lambda g: g.energy, guard, Fixed(Energy(other.prior, other.forward)))
+    with pytest.raises(GuardError, match="J that the guard was set with"):
         moved.check()
 
 
@@ -279,7 +282,9 @@ def test_a_guard_of_another_head_or_energy_is_not_promoted(
 ) -> None:
     other = ornstein_uhlenbeck(N, timescale=4.0, noise=0.3)
     wrong = {
-        "head": dataclasses.replace(guard, head="00" * 32),
+        "head": dataclasses.replace(
+            guard, thresholds=dataclasses.replace(guard.thresholds, head="00" * 32)
+        ),
         "energy": dataclasses.replace(guard, energy=Fixed(Energy(other.prior, other.forward))),
     }[of]
     with pytest.raises(PromotionError, match="guard is not of this head and problem"):
@@ -287,34 +292,31 @@ def test_a_guard_of_another_head_or_energy_is_not_promoted(
     assert list(tmp_path.iterdir()) == []
 
 
-def tampered(path: Path, guard: Guard, change: Any, **header: Any) -> None:
+def tampered(path: Path, kept: Thresholds, digest: str | None = None, **plain: Any) -> None:
     """The file anew, with other thresholds, its digest in order."""
-    kept = change(guard.thresholds)
-    arrays = (kept.seen, kept.centre, kept.scale)
     settings = export.read_settings(path)
-    settings["guard"] |= header
-    export.save(path, {"posterior": build(), "guard": arrays}, settings=settings)
+    settings["guard"]["plain"] |= plain
+    settings["guard"]["digest"] = digest or settings["guard"]["digest"]
+    export.save(path, {"posterior": build(), "guard": kept}, settings=settings)
 
 
 def test_thresholds_that_were_changed_are_refused(guarded: Path, guard: Guard) -> None:
-    def looser(kept: Thresholds) -> Thresholds:
-        return eqx.tree_at(lambda t: t.seen.high, kept, kept.seen.high + 1.0)
-
-    tampered(guarded, guard, looser)
+    kept = guard.thresholds
+    tampered(guarded, eqx.tree_at(lambda t: t.seen.high, kept, kept.seen.high + 1.0))
     with pytest.raises(CheckpointError, match="thresholds were changed"):
         load_bundle(guarded, build, problem())
-    for name, value in {"level": guard.level / 2, "head": "11" * 32, "rate": 0.5}.items():
-        tampered(guarded, guard, lambda kept: kept, **{name: value})
+    for name, value in {"level": kept.level / 2, "head": "11" * 32, "rate": 0.5}.items():
+        tampered(guarded, kept, **{name: value})
         with pytest.raises(CheckpointError, match="thresholds were changed"):
             load_bundle(guarded, build, problem())
-        tampered(guarded, guard, lambda kept: kept, **{name: getattr(guard, name)})
+        tampered(guarded, kept, **{name: getattr(kept, name)})
     assert load_bundle(guarded, build, problem()).guard is not None
 
 
 def test_a_guard_of_other_weights_in_the_file_is_refused(guarded: Path, guard: Guard) -> None:
     """Its own digest is in order: it is whole, and of another head."""
     other = dataclasses.replace(guard.thresholds, head="11" * 32)
-    tampered(guarded, guard, lambda _: other, head=other.head, digest=fingerprint(other))
+    tampered(guarded, other, digest=fingerprint(other), head=other.head)
     with pytest.raises(PromotionError, match="guard is not of this head"):
         load_bundle(guarded, build, problem())
 

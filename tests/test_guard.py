@@ -186,7 +186,7 @@ def test_a_mode_that_moves_unlike_the_minimum_is_caught_where_it_is_asked_for(
     _, usual = problem.batch(jax.random.key(1), N // 2)
     good = plain.posterior.tree
     guard = calibrate(good, energy, usual, key=jax.random.key(2), rate=RATE, slopes=True)
-    assert guard.wrong < 0.01
+    assert guard.thresholds.wrong < 0.01
     _, events = fresh(problem, 200)
     steep = AmortizedPosterior(good.encoder, Steep(good.head, jnp.asarray(300.0)))
     held = Fixed(steep)

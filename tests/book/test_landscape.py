@@ -199,6 +199,7 @@ def test_the_drawing_knows_no_widget_and_no_jax() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "book", check=True)
 
 
+@pytest.mark.slow
 def test_a_kernel_answers_at_every_position() -> None:
     """The oracle, solved live, stands in the minimum of the picture, wherever the sliders are."""
     problem = window()

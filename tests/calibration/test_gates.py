@@ -99,7 +99,8 @@ def test_events_with_several_minima_are_shown_and_not_judged(sample) -> None:
     head, analysis = make_head(is_prior=True), sample[3]
     first = np.arange(1000) < 400
     rise = np.where(first, 1.0, np.inf)
-    report = judge(sample, head, analysis=eqx.tree_at(lambda a: a.rise, analysis, rise))
+    several = eqx.tree_at(lambda a: a.rise, analysis, rise)
+    report = judge(sample, head, analysis=several, several=1)
     agreement, adjoint, _ = report.gates
     assert agreement.events == adjoint.events == 600
     assert min(adjoint.failing) >= 400
