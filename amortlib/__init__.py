@@ -3,7 +3,7 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``search``, ``searched``, ``objectives``, ``training``, ``calibration``, ``guard``,
+``refine``, ``search``, ``nested``, ``objectives``, ``training``, ``calibration``, ``guard``,
 ``bundle``, ``catalogue``, ``alert``, ``deploy``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
@@ -26,6 +26,7 @@ from amortlib import (
     heads,
     laplace,
     modes,
+    nested,
     objectives,
     observation,
     pairs,
@@ -33,7 +34,6 @@ from amortlib import (
     problems,
     refine,
     search,
-    searched,
     solvers,
     training,
     types,
@@ -83,6 +83,7 @@ __all__ = [
     "load",
     "load_bundle",
     "modes",
+    "nested",
     "objectives",
     "observation",
     "pairs",
@@ -93,7 +94,6 @@ __all__ = [
     "run_gates",
     "save",
     "search",
-    "searched",
     "simulate_pair",
     "solvers",
     "train_step",

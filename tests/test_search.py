@@ -21,7 +21,6 @@ from amortlib.search import (
     search_ends,
     search_posterior,
 )
-from amortlib.searched import searched_flow_posterior
 from amortlib.solvers import Oracle
 from amortlib.training import trainable
 from amortlib.types import Event, to_double
@@ -245,33 +244,6 @@ def test_the_ends_are_minima_and_the_lowest_is_that_of_the_search(two_sided, x64
     np.testing.assert_allclose(moved, (ahead - behind) / (2 * step), atol=1e-5)
 
 
-def test_a_flow_around_the_ends_covers_both_minima(two_sided):
-    """Untrained it is near its base: a Gaussian at each end, weighed by Laplace's approximation."""
-    model = searched_flow_posterior(
-        guess(8), ENERGY, field=Field((8, 8, 8, 4), False), key=KEY, layers=1, width=4, knots=4
-    )
-    x = np.linspace(-6.0, 6.0, 100)
-    grid = jnp.stack(jnp.meshgrid(x, x), -1).reshape(-1, 2)
-    compiled = []
-
-    @eqx.filter_jit
-    def run(model, event):
-        compiled.append(None)
-        q = model(event)
-        return q.base.loc, jnp.exp(jax.vmap(q.log_prob)(grid)), q.sample(500, key=KEY)
-
-    loc, density, draws = run(model, two_sided)
-    assert loc.shape == (5, 2)  # four ends and the guess
-    assert density.sum() * (x[1] - x[0]) ** 2 == pytest.approx(1.0, abs=0.02)
-    assert (draws[:, 0] < -1.0).mean() > 0.1
-    assert (draws[:, 0] > 1.0).mean() > 0.1
-    # What lies under the mask is not looked at, and another mask is not compiled anew.
-    other = Event(two_sided.y.at[1].set(jnp.nan), two_sided.mask, two_sided.sd)
-    np.testing.assert_array_equal(run(model, other)[2], draws)
-    run(model, Event(two_sided.y, jnp.ones(3, bool), two_sided.sd))
-    assert len(compiled) == 1
-
-
 def test_what_does_not_fit_is_refused():
     event = jax.tree.map(lambda a: a[0], events_of(1))
     with pytest.raises(ValueError, match="never grow, got"):
@@ -283,7 +255,3 @@ def test_what_does_not_fit_is_refused():
     single = AmortizedPosterior(guess().encoder, CholeskyHead(6, 2, key=KEY))
     with pytest.raises(TypeError, match="a mixture, got Gauss"):
         search_posterior(single, ENERGY, field=FIELD)(event)
-    with pytest.raises(TypeError, match="a mixture, got Gauss"):
-        searched_flow_posterior(single, ENERGY, field=FIELD, key=KEY)
-    with pytest.raises(ValueError, match="at least one step, got none"):
-        searched_flow_posterior(guess(), ENERGY, field=Field(()), key=KEY)

@@ -27,7 +27,7 @@ ORDER = [
     "supports",
     "refine",
     "search",
-    "searched",
+    "nested",
     "objectives",
     "training",
     "calibration",
