@@ -14,13 +14,13 @@ for latent Gaussian models by using integrated nested Laplace approximations*, J
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from amortlib.encoders import AbstractEncoder
 from amortlib.energy import Energy
@@ -36,6 +36,7 @@ __all__ = [
     "NestedHead",
     "NestedLaplace",
     "NestedMixture",
+    "SharedHead",
     "nested_laplace",
     "nested_posterior",
 ]
@@ -62,6 +63,9 @@ _ROUNDS = 2
 
 SHARE = 0.02
 """Weight of the guess beside what J says: it covers what no ridge does."""
+
+_ODDS = (-6.0, 6.0)
+"""Bounds on the log-odds of a learned weight."""
 
 
 def _log_cells(at: Float[Array, " g"], log_density: Float[Array, " g"]) -> Float[Array, " c"]:
@@ -155,24 +159,22 @@ class NestedLaplace(AbstractDistribution):
 
     def log_prob_control(self, v: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density of the control variable."""
-        along = self.axes.T @ (v - self.centre)
-        middle, width = self.ridge(along[0])
-        w = jax.scipy.linalg.solve_triangular(width, along[1:] - middle, lower=True)
+        a, *b = self.axes.T @ (v - self.centre)
+        middle, width = self.ridge(a)
+        w = jax.scipy.linalg.solve_triangular(width, jnp.stack(b) - middle, lower=True)
         square, (share, wide) = jnp.sum(w**2), _WIDE
         log_det = jnp.sum(jnp.log(jnp.diagonal(width)))
         narrow = math.log(1.0 - share) - 0.5 * square
         broad = math.log(share) - 0.5 * square / wide**2 - w.size * math.log(wide)
         across = jnp.logaddexp(narrow, broad) - 0.5 * w.size * _LOG_2PI - log_det
-        return self.log_along(along[0]) + across
+        return self.log_along(a) + across
 
     def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density at `x`."""
         return self.log_prob_control(self.prior.whiten(x)) - _log_volume(self.prior)
 
-    def draw(
-        self, u: Float[Array, ""], w: Float[Array, " e"], chosen: Float[Array, ""]
-    ) -> Float[Array, " d"]:
-        """The state that two uniform numbers and a standard normal vector make."""
+    def along(self, u: Float[Array, ""]) -> Float[Array, ""]:
+        """The place along the axis that a share `u` of the density comes before."""
         mass = jnp.exp(self._log_masses())
         upto = jnp.cumsum(mass)
         i = jnp.minimum(jnp.searchsorted(upto, u * upto[-1]), mass.size - 1)
@@ -189,9 +191,16 @@ class NestedLaplace(AbstractDistribution):
         t = jnp.where(flat, inside, jnp.where(safe > 0, 1.0 - far, far))
         within = self.grid[cell] + t * (self.grid[cell + 1] - self.grid[cell])
         a = jnp.where(i == 0, self.grid[0] + jnp.log(inside) / self.fall[0], within)
-        a = jnp.where(i > self.grid.size - 1, self.grid[-1] - jnp.log(inside) / self.fall[1], a)
+        after = self.grid[-1] - jnp.log1p(-inside) / self.fall[1]
+        return jnp.where(i > self.grid.size - 1, after, a)
+
+    def draw(
+        self, u: Float[Array, ""], w: Float[Array, " e"], chosen: Float[Array, ""]
+    ) -> Float[Array, " d"]:
+        """The state that two uniform numbers and a standard normal vector make."""
         share, wide = _WIDE
-        return self.prior.colour(self.point(a, jnp.where(chosen < share, wide, 1.0) * w))
+        across = jnp.where(chosen < share, wide, 1.0) * w
+        return self.prior.colour(self.point(self.along(u), across))
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
@@ -377,6 +386,12 @@ def nested_laplace(energy: Energy, v: Float[Array, " d"], event: Event) -> Neste
     return eqx.tree_at(lambda q: q.log_mass, made, mass)
 
 
+def _together(ridges: NestedLaplace, v: Float[Array, " d"]) -> Float[Array, ""]:
+    """What several ridges make of log exp(-J) at a control variable: -J where they are right."""
+    each = jax.vmap(lambda q: q.log_mass + q.log_prob_control(v))(ridges)
+    return jax.nn.logsumexp(jnp.where(jnp.isfinite(each), each, -_HIGHEST))
+
+
 def _told_apart(ridges: NestedLaplace) -> NestedLaplace:
     """Ridges, stacked, that together say of a place what J says of it, and each its share.
 
@@ -391,12 +406,9 @@ def _told_apart(ridges: NestedLaplace) -> NestedLaplace:
 
     spines = jax.vmap(spine)(ridges)
 
-    def together(v: Array) -> Array:
-        each = jax.vmap(lambda q: q.log_mass + q.log_prob_control(v))(ridges)
-        return jax.nn.logsumexp(jnp.where(jnp.isfinite(each), each, -_HIGHEST))
-
+    both = jax.vmap(jax.vmap(_together, in_axes=(None, 0)), in_axes=(None, 0))
     for _ in range(_ROUNDS):
-        off = -ridges.height - jax.vmap(jax.vmap(together))(spines)
+        off = -ridges.height - both(ridges, spines)
         # At the top of a Gaussian its wider share is missing; more than this is no overlap.
         off = jnp.where(jnp.isfinite(off), jnp.clip(off, -3.0, 1.0), 0.0)
         ridges = eqx.tree_at(lambda q: q.log_density, ridges, ridges.log_density + off)
@@ -410,34 +422,34 @@ class NestedMixture(AbstractDistribution):
     Attributes:
         ridges: [`NestedLaplace`][], arrays with a leading axis of k.
         log_weight: log of the weight of each, normalised, shape `(k,)`.
-        guess: covers what no ridge does.
-        share: weight of the guess.
+        beside: covers what no ridge does.
+        share: weight of that.
         best: the lowest minimum of J that was found, a state, with its derivative.
     """
 
     ridges: NestedLaplace
     log_weight: Float[Array, " k"]
-    guess: AbstractDistribution
+    beside: AbstractDistribution
     share: Float[Array, ""]
     best: Float[Array, " d"]
 
     @property
     def exact_log_prob(self) -> bool:
-        """Whether that of the guess is."""
-        return self.guess.exact_log_prob
+        """Whether that of what stands beside the ridges is."""
+        return self.beside.exact_log_prob
 
     def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density at `x`."""
         each = self.log_weight + jax.vmap(lambda q: q.log_prob(x))(self.ridges)
         near = jax.nn.logsumexp(jnp.where(jnp.isfinite(each), each, -_HIGHEST))
-        far = self.guess.log_prob(x)
+        far = self.beside.log_prob(x)
         return jnp.logaddexp(jnp.log1p(-self.share) + near, jnp.log(self.share) + far)
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
         """`n` independent draws."""
         if n < 1:
             raise ValueError(f"expected at least one sample, got n={n}")
-        k_which, k_along, k_across, k_guess, k_share = jax.random.split(key, 5)
+        k_which, k_along, k_across, k_beside, k_share = jax.random.split(key, 5)
         dtype, d = self.best.dtype, self.best.size
         which = jax.random.categorical(k_which, self.log_weight, shape=(n,))
         u = jax.random.uniform(k_along, (2, n), dtype)
@@ -447,7 +459,7 @@ class NestedMixture(AbstractDistribution):
             return jax.tree.map(lambda leaf: leaf[k], self.ridges).draw(u, w, chosen)
 
         near = jax.vmap(one)(which, u[0], w, u[1])
-        far = self.guess.sample(n, key=k_guess)
+        far = self.beside.sample(n, key=k_beside)
         apart = jax.random.uniform(k_share, (n, 1), dtype) < self.share
         return jnp.where(apart, far, near)
 
@@ -462,14 +474,14 @@ class NestedMixture(AbstractDistribution):
     def mean(self) -> Float[Array, " d"]:
         """The mean."""
         near = jnp.exp(self.log_weight) @ jax.vmap(lambda q: q.mean())(self.ridges)
-        return (1.0 - self.share) * near + self.share * self.guess.mean()
+        return (1.0 - self.share) * near + self.share * self.beside.mean()
 
     def covariance(self) -> Float[Array, "d d"]:
         """The covariance: of each part, and of their means."""
         places = jax.vmap(lambda q: q.mean())(self.ridges)
         within = jax.vmap(lambda q: q.covariance())(self.ridges)
-        places = jnp.concatenate([places, self.guess.mean()[None]])
-        within = jnp.concatenate([within, self.guess.covariance()[None]])
+        places = jnp.concatenate([places, self.beside.mean()[None]])
+        within = jnp.concatenate([within, self.beside.covariance()[None]])
         weight = jnp.append((1.0 - self.share) * jnp.exp(self.log_weight), self.share)
         off = places - self.mean()
         return jnp.tensordot(weight, within, 1) + (off * weight[:, None]).T @ off
@@ -479,20 +491,64 @@ class NestedMixture(AbstractDistribution):
         return jnp.sqrt(jnp.diagonal(self.covariance()))
 
 
+_LOOK_ALONG, _LOOK_ACROSS = (0.08, 0.3, 0.5, 0.7, 0.92), 1.5
+"""Where J is looked at beside a ridge: shares of the density along, standard deviations across."""
+
+_LOOK_ON = (0.02, 0.25, 0.5, 0.75, 0.98)
+"""Where J is looked at on it."""
+
+
+def _doubt(
+    energy: Energy, ridges: NestedLaplace, weight: Float[Array, " k"], event: Event
+) -> Float[Array, " f"]:
+    """How far what the ridges say is from J, seen at places around the heaviest of them.
+
+    Differences of the log-density, in nats, by their inverse hyperbolic sine; then the weights of
+    the ridges, their widths in control variables and the height of each, as logarithms and roots.
+    """
+    best = jax.tree.map(lambda leaf: leaf[jnp.argmax(weight)], ridges)
+    e = best.centre.size - 1
+    flat, eye = jnp.zeros((1, e), best.centre.dtype), jnp.eye(e, dtype=best.centre.dtype)
+    beside = _LOOK_ACROSS * jnp.concatenate([eye, -eye])
+
+    def off(u: Array, w: Array) -> Array:
+        v = best.point(best.along(u), w)
+        height = 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+        height = jnp.where(jnp.isfinite(height), jnp.minimum(height, _HIGHEST), _HIGHEST)
+        return jnp.arcsinh(-height - _together(ridges, v))
+
+    def at(shares: tuple[float, ...], across: Array) -> Array:
+        u = jnp.asarray(shares, across.dtype)
+        return jax.vmap(lambda u: jax.vmap(lambda w: off(u, w))(across))(u).reshape(-1)
+
+    spreads = jax.vmap(lambda q: jnp.log(jnp.diagonal(q._moments()[1])))(ridges)
+    middle = ridges.height[:, ridges.height.shape[1] // 2]
+    parts = at(_LOOK_ALONG, beside), at(_LOOK_ON, flat), weight.clip(-20.0)
+    found = jnp.concatenate([*parts, spreads.reshape(-1), jnp.sqrt(jnp.maximum(middle, 0.0))])
+    return jnp.where(jnp.isfinite(found), found, 0.0)
+
+
 class NestedContext(eqx.Module):
     """What the search and the ridges hand to a head.
 
     Attributes:
         ridges: [`NestedLaplace`][], arrays with a leading axis of k.
         log_weight: log of the weight of each, normalised, shape `(k,)`.
-        guess: the answer of the network that the search started from.
         best: the lowest end of the search, a state.
+        doubt: how far what the ridges say is from J at places around them, `(f,)`.
+        beside: what is said without J: the answer of the network that the search started from, or
+            the context that another encoder made of the event.
     """
 
     ridges: NestedLaplace
     log_weight: Float[Array, " k"]
-    guess: AbstractDistribution
     best: Float[Array, " d"]
+    doubt: Float[Array, " f"]
+    beside: Any
+
+    def mixture(self, beside: AbstractDistribution, share: Float[Array, ""]) -> NestedMixture:
+        """The ridges, and a density beside them with a weight."""
+        return NestedMixture(self.ridges, self.log_weight, beside, share, self.best)
 
 
 class NestedEncoder(AbstractEncoder):
@@ -502,16 +558,25 @@ class NestedEncoder(AbstractEncoder):
         guess: a posterior whose answer is a [`GaussianMixture`][amortlib.heads.GaussianMixture],
             held fixed.
         energy: J, held fixed.
+        beside: an encoder for what is said without J; where there is none it is the guess.
         field: how many starts take each step; those of the last one are the ends.
     """
 
     guess: Fixed
     energy: Fixed
+    beside: AbstractEncoder | None
     obs_shape: tuple[int, ...] | None = eqx.field(static=True)
     uses_sd: bool = eqx.field(static=True)
     field: Field = eqx.field(static=True)
 
-    def __init__(self, guess: AmortizedPosterior, energy: Energy, *, field: Field):
+    def __init__(
+        self,
+        guess: AmortizedPosterior,
+        energy: Energy,
+        *,
+        field: Field,
+        beside: AbstractEncoder | None = None,
+    ):
         """Set the parts; arguments as the attributes.
 
         Raises:
@@ -519,7 +584,7 @@ class NestedEncoder(AbstractEncoder):
         """
         if not field.steps:
             raise ValueError("expected a field of at least one step, got none")
-        self.guess, self.energy = Fixed(guess), Fixed(energy)
+        self.guess, self.energy, self.beside = Fixed(guess), Fixed(energy), beside
         self.obs_shape, self.uses_sd = guess.encoder.obs_shape, guess.encoder.uses_sd
         self.field = field
 
@@ -534,11 +599,19 @@ class NestedEncoder(AbstractEncoder):
         ends = search_ends(energy, component_starts(energy, guess), event, field=self.field)
         ridges = _told_apart(jax.vmap(lambda v: nested_laplace(energy, v, event))(ends))
         # Of an end where J overflows nothing is known.
-        known = jnp.isfinite(ridges.log_mass)
-        weight = jax.nn.log_softmax(jnp.where(known, ridges.log_mass, -_HIGHEST))
+        mass = jnp.where(jnp.isfinite(ridges.log_mass), ridges.log_mass, -_HIGHEST)
+        weight = jax.nn.log_softmax(mass)
         height = jax.vmap(lambda v: 0.5 * jnp.sum(energy.residual(v, event) ** 2))(ends)
         lowest = jnp.argmin(jnp.where(jnp.isfinite(height), height, jnp.inf))
-        return NestedContext(ridges, weight, guess, energy.prior.colour(ends[lowest]))
+        doubt = _doubt(energy, ridges, weight, event)
+        beside = guess if self.beside is None else self.beside(event)
+        return NestedContext(ridges, weight, energy.prior.colour(ends[lowest]), doubt, beside)
+
+    @property
+    def doubts(self) -> int:
+        """How many numbers `NestedContext.doubt` has."""
+        d, k = self.energy.tree.prior.loc.size, self.field.widths[-1]
+        return len(_LOOK_ALONG) * 2 * (d - 1) + len(_LOOK_ON) + k * (d + 2)
 
 
 class NestedHead(AbstractHead):
@@ -563,8 +636,65 @@ class NestedHead(AbstractHead):
     def __call__(self, context: NestedContext) -> NestedMixture:
         """The mixture for one context."""
         share = jnp.asarray(self.share, context.best.dtype)
-        parts = context.ridges, context.log_weight, context.guess, share, context.best
-        return NestedMixture(*parts)
+        return context.mixture(context.beside, share)
+
+
+class SharedHead(AbstractHead):
+    """The ridges, and beside them what another head says, with a weight that is learned.
+
+    Structure knows the posterior where J has a ridge, a network where it is folded or in pieces; by
+    how far J is from what the ridges say it is told which of the two an event is.
+
+    Attributes:
+        head: says what is said without J, from the context of its encoder, one array.
+        net: the logarithm of the odds of it against the ridges.
+        centre: usual value of each number of `NestedContext.doubt`.
+        scale: and its standard deviation.
+    """
+
+    head: AbstractHead
+    net: eqx.nn.MLP
+    centre: Fixed
+    scale: Fixed
+
+    def __init__(
+        self,
+        head: AbstractHead,
+        doubts: int,
+        features: int,
+        *,
+        key: Key,
+        centre: ArrayLike = 0.0,
+        scale: ArrayLike = 1.0,
+        width: int = 96,
+        depth: int = 2,
+    ):
+        """Set the sizes.
+
+        Args:
+            head: from a context of `features` numbers.
+            doubts: `NestedEncoder.doubts`.
+            features: length of the context of the head.
+            key: initialises the weights of the net.
+            centre: of the doubts, a number or one for each.
+            scale: likewise.
+            width: of the net.
+            depth: of it.
+        """
+        self.head = head
+        self.net = eqx.nn.MLP(doubts + features, 1, width, depth, jax.nn.gelu, key=key)
+        self.centre = Fixed(jnp.broadcast_to(jnp.asarray(centre, float), (doubts,)))
+        self.scale = Fixed(jnp.broadcast_to(jnp.asarray(scale, float), (doubts,)))
+
+    def log_odds(self, doubt: Float[Array, " f"], beside: Float[Array, " c"]) -> Float[Array, ""]:
+        """Of the head against the ridges; never so far that either is forgotten."""
+        usual = jnp.clip((doubt - self.centre.value) / self.scale.value, -5.0, 5.0)
+        return jnp.clip(self.net(jnp.concatenate([usual, beside]))[0], *_ODDS)
+
+    def __call__(self, context: NestedContext) -> NestedMixture:
+        """The mixture for one context."""
+        share = jax.nn.sigmoid(self.log_odds(context.doubt, context.beside))
+        return context.mixture(self.head(context.beside), share)
 
 
 def nested_posterior(

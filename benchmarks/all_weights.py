@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import bimodal, flow_lorenz63, fourdvarnet, make_weights, refinement
+from benchmarks import bimodal, flow_lorenz63, fourdvarnet, make_weights, nested, refinement
 
 ROOT = Path(__file__).parent.parent
 RECIPES: dict[str, tuple[Path, ...]] = {
@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[Path, ...]] = {
     "fourdvarnet": (fourdvarnet.FILE,),
     "flow_lorenz63": (flow_lorenz63.FILE,),
     "refinement": (refinement.FILE,),
+    "nested": (nested.FILE,),
     "bimodal": tuple(bimodal.FILES.values()),
 }
 """Name of a benchmark, and the files that it writes."""

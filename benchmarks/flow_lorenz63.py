@@ -35,7 +35,7 @@ from amortlib.observation import ContiguousGaps, NoGaps
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import InverseProblem, lorenz63
 from amortlib.refine import refined_posterior
-from amortlib.solvers import Oracle, population_sample
+from amortlib.solvers import Oracle, OracleAnalysis, WeightedSample, population_sample
 from amortlib.training import Objective, fit
 from amortlib.types import Array, Event, Key
 from benchmarks.report import Bar, finish, parser, table
@@ -179,25 +179,34 @@ def references(
     """Events, a weighted sample of the posterior of each, and whether it has one minimum."""
     gaps = NoGaps() if fraction == 0.0 else ContiguousGaps(fraction)
     problem = lorenz63(gaps=gaps)
-    energy = energy_of(problem)
     _, batch = problem.batch(jax.random.key(seed), events)
-    analysis = Oracle(energy)(batch, key=jax.random.fold_in(jax.random.key(seed), 1))
+    key = jax.random.key(seed)
+    analysis = Oracle(energy_of(problem))(batch, key=jax.random.fold_in(key, 1))
+    sample = weighed(batch, analysis, key=jax.random.fold_in(key, 2), draws=draws)
+    return batch, sample, analysis.single
+
+
+def weighed(
+    batch: Event, analysis: OracleAnalysis, *, key: Key, draws: int, **longer: int
+) -> WeightedSample:
+    """A weighted sample of the posterior of each event, from draws around the oracle's minima."""
+    energy = energy_of(lorenz63())
+    events = batch.y.shape[0]
     # Up to six different minima, the best repeated to fill the rest: repeats do no harm.
     modes = np.repeat(analysis.mode[:, None], 6, axis=1)
     for i in range(events):
         ends = analysis.ends[i][analysis.distinct[i]]
         order = np.argsort(analysis.end_energy[i][analysis.distinct[i]])[:6]
         modes[i, : order.size] = ends[order]
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), events)
 
     @eqx.filter_jit
     def weigh(batch: Event, modes: Array, keys: Array) -> Any:
         return jax.lax.map(
-            lambda part: population_sample(energy, part[0], part[1], draws, key=part[2]),
+            lambda part: population_sample(energy, part[0], part[1], draws, key=part[2], **longer),
             (batch, modes, keys),
         )
 
-    return batch, weigh(batch, jnp.asarray(modes, jnp.float32), keys), analysis.single
+    return weigh(batch, jnp.asarray(modes, jnp.float32), jax.random.split(key, events))
 
 
 def judge(

@@ -3,11 +3,12 @@
     python -m benchmarks.search_gates [--json FILE] [--quick] [--keep FOLDER]
 
 The posteriors of `benchmarks.refinement`: a network's starts, k steps on J, Laplace's approximation
-at the end. Each is judged by `amortlib.calibration.run_gates` in double precision, on windows that
-nothing was chosen by: the first two gates on those with a single minimum, simulation-based
-calibration with J among its statistics on all of them. Then a guard that looks at the Jacobian of
-the mode too is set on other windows, as they are simulated, with a stated share of false alarms,
-and asked about every window: those that fail a gate should raise an alarm, the others should not.
+at the end; and that of `benchmarks.nested`, ridges with a flow beside them. Each is judged by
+`amortlib.calibration.run_gates` in double precision, on windows that nothing was chosen by: the
+first two gates on those with a single minimum, simulation-based calibration with J among its
+statistics on all of them. Then a guard that looks at the Jacobian of the mode too is set on other
+windows, as they are simulated, with a stated share of false alarms, and asked about every window:
+those that fail a gate should raise an alarm, the others should not.
 
 A calibrated energy is not a calibrated shape: KL, ESS / N and k-hat stand beside the gates, and on
 the first windows with several minima a classifier against a long-run reference.
@@ -30,12 +31,14 @@ from amortlib.calibration.report import check_sizes
 from amortlib.guard import Guard, Trust, calibrate
 from amortlib.search import search_posterior
 from amortlib.types import Event, Key
-from benchmarks import refinement
+from benchmarks import nested, refinement
 from benchmarks.flow_lorenz63 import energy_of
 from benchmarks.report import Bar, finish, parser, table
 
 SEEDS = {"report": refinement.SEEDS["report"], "draws": 71, "usual": 72, "guard": 73, "asked": 74}
 FIELDS = ("search, k = 4", "search, k = 6")
+NESTED = "nested with a flow, k = 6"
+"""The same minima as those of the last field, and more than a Gaussian around them."""
 USUAL = 2000
 """Windows that the guard is set with, with gaps as the network was trained on."""
 RATE = 0.01
@@ -96,9 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     fractions = (0.0,) if args.quick else refinement.FRACTIONS
     _, usual = refinement.problem().batch(jax.random.key(SEEDS["usual"]), USUAL)
     found: dict[str, dict[str, Any]] = {}
-    for name in FIELDS[:1] if args.quick else FIELDS:
-        field = refinement.FIELDS[name]
-        posterior = search_posterior(network, energy, field=field)
+    posteriors = {
+        name: search_posterior(network, energy, field=refinement.FIELDS[name]) for name in FIELDS
+    }
+    posteriors[NESTED] = nested.load()
+    for name in FIELDS[:1] if args.quick else posteriors:
+        posterior = posteriors[name]
         key = jax.random.key(SEEDS["guard"])
         guard = calibrate(posterior, energy, usual, key=key, rate=RATE, slopes=True)
         for fraction in fractions:

@@ -124,6 +124,7 @@ if os.environ.get("AMORTLIB_ALL"):
         ("refinement", "both gates"),
         ("one_pass", "taught by"),
         ("search_gates", "caught"),
+        ("nested", "one minimum"),
         ("several", "one piece missing"),
         ("alarms", "called faulty"),
         ("clear_flow", "first percentile"),

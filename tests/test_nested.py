@@ -12,7 +12,13 @@ from amortlib.energy import Energy
 from amortlib.gaussian import Gaussian
 from amortlib.heads import CholeskyHead, MixtureHead
 from amortlib.laplace import laplace
-from amortlib.nested import NestedHead, nested_laplace, nested_posterior
+from amortlib.nested import (
+    NestedEncoder,
+    NestedHead,
+    SharedHead,
+    nested_laplace,
+    nested_posterior,
+)
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.search import Field, search_posterior
@@ -216,6 +222,45 @@ def test_the_mode_is_that_of_the_search():
     q = nested(TWO_SIDED)
     draws = q.sample(2000, key=KEY)
     assert q.log_prob(mode) > jnp.max(jax.vmap(q.log_prob)(draws)) - 0.3
+
+
+def test_a_network_beside_the_ridges_has_the_weight_that_the_net_gives_it():
+    """Its density is between the two, at the odds of the doubts; and it can be trained."""
+    encoder = FlatEncoder((3,), key=KEY, features=5, width=8, depth=1)
+    inner = CholeskyHead(5, 2, key=KEY, centre=PRIOR.loc, scale=PRIOR.sd())
+    shape = NestedEncoder(guess(), ENERGY, field=FIELD, beside=encoder)
+    context = shape(TWO_SIDED)
+    assert context.doubt.shape == (shape.doubts,)
+    assert np.isfinite(context.doubt).all()
+    head = SharedHead(inner, shape.doubts, 5, key=KEY, centre=0.5, scale=2.0)
+    q = head(context)
+    share = float(q.share)
+    assert 0.1 < share < 0.9
+    x = jnp.array([[2.0, -1.0], [0.0, 0.0], [-1.8, 0.5]])
+    alone = NestedHead(1e-6)(eqx.tree_at(lambda c: c.beside, context, inner(context.beside)))
+    ridges = np.exp(jax.vmap(alone.log_prob)(x))
+    far = np.exp(jax.vmap(inner(context.beside).log_prob)(x))
+    both = (1.0 - share) * ridges + share * far
+    np.testing.assert_allclose(np.exp(jax.vmap(q.log_prob)(x)), both, rtol=1e-3)
+
+    # Where the ridges are right their doubts are small, and larger ones move the weight.
+    line = Energy(PRIOR, lambda x: jnp.stack([x[0], x[1], x[0] - x[1]]))
+    doubt = NestedEncoder(guess(), line, field=FIELD, beside=encoder)(TWO_SIDED).doubt
+    looks = 15  # at five places two across, and at five on the ridge
+    assert np.abs(doubt[:looks]).max() < 0.1 < np.abs(context.doubt[:looks]).max()
+    odds = [head.log_odds(d, context.beside) for d in (context.doubt, context.doubt + 3.0)]
+    assert np.abs(odds[0] - odds[1]) > 1e-3
+
+    def loss(parts, x):
+        encoder, head = parts
+        beside = NestedEncoder(guess(), ENERGY, field=FIELD, beside=encoder)
+        return -AmortizedPosterior(beside, head).log_prob(x, TWO_SIDED)
+
+    slope = eqx.filter_jit(eqx.filter_grad(loss))((encoder, head), x[0])
+    for part in (slope[0], slope[1].head, slope[1].net):
+        leaves = jax.tree.leaves(part)
+        assert all(np.isfinite(leaf).all() for leaf in leaves)
+        assert max(np.abs(leaf).max() for leaf in leaves) > 0.0
 
 
 def test_masked_values_are_not_looked_at_and_nothing_compiles_twice():
