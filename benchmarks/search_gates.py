@@ -1,6 +1,6 @@
 """The search through all three gates, and the guard on the events that it fails.
 
-    python -m benchmarks.search_gates [--json FILE] [--quick] [--keep FOLDER]
+    python -m benchmarks.search_gates [--json FILE] [--quick] [--keep FOLDER] [--only NAME ...]
 
 The posteriors of `benchmarks.refinement`: a network's starts, k steps on J, Laplace's approximation
 at the end; and that of `benchmarks.nested`, ridges with a flow beside them. Each is judged by
@@ -92,19 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Judge, guard, compare."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--keep", type=Path, metavar="FOLDER", help="store the oracle's answers")
+    options.add_argument("--only", nargs="+", choices=[*FIELDS, NESTED], help="these posteriors")
     args = options.parse_args(argv)
+    names = args.only or (FIELDS[:1] if args.quick else [*FIELDS, NESTED])
     network, energy = refinement.load(), energy_of(refinement.problem())
     n, draws, bins = (100, 19, 5) if args.quick else (refinement.EVENTS, 99, 20)
     check_sizes(n, draws, bins)
     fractions = (0.0,) if args.quick else refinement.FRACTIONS
     _, usual = refinement.problem().batch(jax.random.key(SEEDS["usual"]), USUAL)
     found: dict[str, dict[str, Any]] = {}
-    posteriors = {
-        name: search_posterior(network, energy, field=refinement.FIELDS[name]) for name in FIELDS
-    }
-    posteriors[NESTED] = nested.load()
-    for name in FIELDS[:1] if args.quick else posteriors:
-        posterior = posteriors[name]
+    for name in names:
+        if name == NESTED:
+            posterior = nested.load()
+        else:
+            posterior = search_posterior(network, energy, field=refinement.FIELDS[name])
         key = jax.random.key(SEEDS["guard"])
         guard = calibrate(posterior, energy, usual, key=key, rate=RATE, slopes=True)
         for fraction in fractions:

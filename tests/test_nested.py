@@ -247,7 +247,9 @@ def test_a_network_beside_the_ridges_has_the_weight_that_the_net_gives_it():
     line = Energy(PRIOR, lambda x: jnp.stack([x[0], x[1], x[0] - x[1]]))
     doubt = NestedEncoder(guess(), line, field=FIELD, beside=encoder)(TWO_SIDED).doubt
     looks = 15  # at five places two across, and at five on the ridge
-    assert np.abs(doubt[:looks]).max() < 0.1 < np.abs(context.doubt[:looks]).max()
+    # With wide error bars the posterior reaches over the fold between the two minima.
+    folded = shape(Event(TWO_SIDED.y, TWO_SIDED.mask, jnp.full(3, 1.5))).doubt
+    assert np.abs(doubt[:looks]).max() < 0.1 < np.abs(folded[:looks]).max()
     odds = [head.log_odds(d, context.beside) for d in (context.doubt, context.doubt + 3.0)]
     assert np.abs(odds[0] - odds[1]) > 1e-3
 
