@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from amortlib.calibration import pareto_khat
+from amortlib.calibration.importance import KHAT
 from amortlib.encoders import FlatEncoder
 from amortlib.energy import Energy
 from amortlib.export import build_and_load, read_settings, save
@@ -229,39 +231,12 @@ def judge(
                 "kl": sample.kl(q, energy, event),
                 "ess": 1.0 / (draws * jnp.sum(weight**2)),
                 "reference_ess": sample.effective_size,
-                "log_weight": log_weight,
+                "k_hat": pareto_khat(log_weight),
             }
 
         return jax.lax.map(one, (batch, sample, keys))
 
-    found = jax.tree.map(np.asarray, run(batch, sample, keys))
-    found["k_hat"] = np.array([pareto_k(w) for w in found.pop("log_weight")])
-    return found
-
-
-def pareto_k(log_weight: np.ndarray) -> float:
-    """Shape of the generalised Pareto tail of importance weights.
-
-    Zhang and Stephens (2009), *A new and efficient estimation method for the generalized Pareto
-    distribution*, Technometrics 51, on the largest 3 sqrt(n) weights, as Vehtari, Simpson, Gelman,
-    Yao and Gabry (2024), *Pareto smoothed importance sampling*, J. Mach. Learn. Res. 25, advise,
-    with their weak prior towards one half.
-    """
-    weight = np.sort(np.exp(log_weight - log_weight.max()))
-    m = int(min(0.2 * weight.size, 3.0 * np.sqrt(weight.size)))
-    tail = weight[-m:] - weight[-m - 1]
-    tail = tail[tail > 0]
-    n = tail.size
-    if n < 5:
-        return -np.inf
-    grid = 30 + int(np.sqrt(n))
-    quartile = tail[int(n / 4 + 0.5) - 1]
-    theta = 1 / tail[-1] + (1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))) / (3 * quartile)
-    shape = np.mean(np.log1p(-theta[:, None] * tail), axis=1)
-    score = n * (np.log(-theta / shape) - shape - 1)
-    share = 1 / np.sum(np.exp(score[None] - score[:, None]), axis=1)
-    k = np.mean(np.log1p(-np.sum(share * theta) * tail))
-    return float((n * k + 10 * 0.5) / (n + 10))
+    return jax.tree.map(np.asarray, run(batch, sample, keys))
 
 
 def summary(found: dict[str, np.ndarray], single: np.ndarray) -> dict[str, float]:
@@ -277,7 +252,7 @@ def summary(found: dict[str, np.ndarray], single: np.ndarray) -> dict[str, float
         "ess_mean": float(found["ess"].mean()),
         "ess_mean_error": float(found["ess"].std() / np.sqrt(kl.size)),
         "ess_first_percentile": float(np.quantile(found["ess"], 0.01)),
-        "k_hat_above": float((found["k_hat"] > 0.7).mean()),
+        "k_hat_above": float((found["k_hat"] > KHAT).mean()),
         "reference_ess": float(np.median(found["reference_ess"])),
     }
 

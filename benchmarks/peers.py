@@ -6,11 +6,12 @@
 Every method trains on the same 10,000 simulated pairs and is judged on observations 1 to 5 of the
 public benchmark (Lueckmann et al. 2021, arXiv:2101.04653): 2,000 draws against 2,000 exact ones,
 by the classifier two-sample score. amortlib's flow head and flowjax's own loop are always run;
-sbi where it can be imported. Where it lives in an environment of its own,
+sbi and BayesFlow where they can be imported, and a line says so where they cannot. Both are in the
+extra `bench`. Where they live in an environment of their own,
 
     python benchmarks/peer_methods.py PAIRS.npz PEERS.npz
 
-runs it there on the pairs that `--save-pairs` wrote, and `--peer-results` reads what came out.
+runs them there on the pairs that `--save-pairs` wrote, and `--peer-results` reads what came out.
 To compare on one core, set `OMP_NUM_THREADS=1` and
 `XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"`, and pin the
 process to it (`taskset -c 0`). Compilation counts as training. Time of the process on the core
@@ -41,7 +42,7 @@ from amortlib.objectives import nll
 from amortlib.posterior import AmortizedPosterior, flow_posterior
 from amortlib.training import fit, trainable
 from amortlib.types import Array, Event, Key
-from benchmarks.peer_methods import METHODS, sbi_is_here
+from benchmarks.peer_methods import METHODS, inside, missing, why_left_out
 from benchmarks.report import Bar, finish, parser, table
 from benchmarks.tasks import TASKS, Task
 from benchmarks.two_sample import c2st
@@ -106,18 +107,6 @@ class Stopwatch:
     def read(self) -> tuple[float, float]:
         """Both, since it was made."""
         return time.perf_counter() - self._wall, time.process_time() - self._cpu
-
-
-def inside(task: Task, draw: Callable[[int], np.ndarray], n: int) -> np.ndarray:
-    """Draw until `n` draws lie in the prior's box: what a density says outside is known wrong."""
-    found = np.empty((0, task.low.size))
-    for attempt in range(100):
-        new = draw(attempt)
-        good = np.isfinite(new).all(1) & (new >= task.low).all(1) & (new <= task.high).all(1)
-        found = np.concatenate([found, new[good]])
-        if len(found) >= n:
-            return found[:n]
-    raise RuntimeError(f"expected {n} draws in the prior's box, got {len(found)} in 100 rounds")
 
 
 # --- amortlib ---------------------------------------------------------------------------------
@@ -257,7 +246,7 @@ def amortlib_flow(
             def more(attempt: int, model=model, key=key, y_here=y_here) -> np.ndarray:
                 return np.asarray(draw(model, y_here, n, jax.random.fold_in(key, attempt)))
 
-            parts.append(inside(task, more, share))
+            parts.append(inside(task.low, task.high, more, share))
         return np.concatenate(parts)
 
     count = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(models, trainable(models))))
@@ -294,7 +283,8 @@ def flowjax_loop(
     def sampler(y: np.ndarray, n: int, seed: int) -> np.ndarray:
         y_here, key = jnp.asarray(y, jnp.float32), jax.random.key(seed)
         return inside(
-            task,
+            task.low,
+            task.high,
             lambda attempt: np.asarray(draw(flow, y_here, n, jax.random.fold_in(key, attempt))),
             n,
         )
@@ -303,10 +293,10 @@ def flowjax_loop(
     return Trained(sampler, wall, cpu, float(len(losses["train"])), int(count))
 
 
-def with_sbi(
+def with_peer(
     task: Task, theta: np.ndarray, y: np.ndarray, method: str, epochs: int | None
 ) -> Trained:
-    """One of sbi's methods, at its defaults."""
+    """A method of sbi or of BayesFlow, at its defaults."""
     got = METHODS[method](theta, y, task.low, task.high, seed=SEEDS["weights"], max_epochs=epochs)
     return Trained(got["sampler"], got["wall_s"], got["cpu_s"], got["epochs"], got["parameters"])
 
@@ -403,11 +393,13 @@ def run(
                 task, theta, y, epochs=2 if quick else 200
             ),
         }
-        if sbi_is_here():
-            for name in METHODS:
-                methods[name] = lambda task, theta, y, name=name: with_sbi(
-                    task, theta, y, name, 2 if quick else None
-                )
+        for name in METHODS:
+            if missing(name):
+                print(f"{task.name}, {why_left_out(name)}", file=sys.stderr, flush=True)
+                continue
+            methods[name] = lambda task, theta, y, name=name: with_peer(
+                task, theta, y, name, 2 if quick else None
+            )
         for name, method in methods.items():
             trained = method(task, theta, y)
             rows.append(judge(name, task, trained, draws=draws, observations=observations))
@@ -449,7 +441,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     results = [asdict(row) | {"mean": row.mean} for row in rows]
-    return finish(args, name="peers", results=results, bars=bars(rows), seeds=SEEDS)
+    return finish(
+        args,
+        name="peers",
+        results=results,
+        bars=bars(rows),
+        seeds=SEEDS,
+        also=("sbi", "torch", "bayesflow", "keras"),
+    )
 
 
 if __name__ == "__main__":

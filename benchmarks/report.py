@@ -75,10 +75,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+def versions(also: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of what the numbers depend on, and of the packages named besides."""
     found = {}
-    for name in ("amortlib", "jax", "jaxlib", "equinox", "optax", "diffrax", "flowjax", "numpy"):
+    always = ("amortlib", "jax", "jaxlib", "equinox", "optax", "diffrax", "flowjax", "numpy")
+    for name in (*always, *also):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -115,9 +116,11 @@ def finish(
     results: Any,
     bars: Sequence[Bar],
     seeds: dict[str, int],
+    also: Sequence[str] = (),
 ) -> int:
     """Print the bars, write the file, and return the exit status: 0 where every bar holds.
 
+    The file holds the versions of what every benchmark depends on, and of the packages in `also`.
     A quick run is too short to hold its bars, and exits with 0 whatever they say.
     """
     print()
@@ -132,7 +135,7 @@ def finish(
             "benchmark": name,
             "quick": args.quick,
             "machine": machine(),
-            "versions": versions(),
+            "versions": versions(also),
             "seeds": seeds,
             "results": results,
             "bars": [asdict(bar) for bar in bars],
