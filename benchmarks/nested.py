@@ -4,7 +4,8 @@
 
 The search of `benchmarks.refinement` ends in the same minima for all; what differs is what is said
 around them: Laplace's approximation; the ridges of `amortlib.nested`, with nothing to train; and
-the ridges with a small flow beside them, trained with its weight where they are wrong.
+the ridges with a small flow beside them, trained with its weight where they are wrong (around the
+ends of six steps on J, and judged with four as well).
 
 Judged on the windows that `refinement` reports, at each gap fraction, all of them, whether J has
 one minimum or several, by the posterior itself: a long run of importance sampling around the
@@ -34,7 +35,7 @@ from amortlib.encoders import ScaledEncoder
 from amortlib.export import build_and_load, read_settings, save
 from amortlib.nested import NestedEncoder, SharedHead, nested_posterior
 from amortlib.posterior import AmortizedPosterior, flow_posterior
-from amortlib.search import search_posterior
+from amortlib.search import Field, search_posterior
 from amortlib.types import Array, Event, Key
 from benchmarks import refinement
 from benchmarks.flow_lorenz63 import (
@@ -90,10 +91,10 @@ def build(sizes: dict[str, int], **_: Any) -> dict[str, Any]:
     return {"encoder": ScaledEncoder(flow.encoder, 0.0, 10.0), "head": head}
 
 
-def posterior_of(beside: dict[str, Any]) -> AmortizedPosterior:
+def posterior_of(beside: dict[str, Any], field: Field = BEST) -> AmortizedPosterior:
     """The whole of it: the search, the ridges, and what stands beside them."""
     energy = energy_of(refinement.problem())
-    encoder = NestedEncoder(refinement.load(), energy, field=BEST, beside=beside["encoder"])
+    encoder = NestedEncoder(refinement.load(), energy, field=field, beside=beside["encoder"])
     return AmortizedPosterior(encoder, beside["head"])
 
 
@@ -211,18 +212,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             save(FILE, beside, settings={"sizes": SIZES, "record": {"seconds": spent}})
     else:
         beside, spent = build_and_load(FILE, build), read_settings(FILE)["record"]["seconds"]
-    shared = posterior_of(beside)
-    short_name = f"nested, k = {BEST.steps}, network trained for {seconds:.0f} s"
-    posteriors = {}
-    for field in (refinement.FIELDS[name] for name in FIELDS):
-        k = field.steps
-        posteriors[f"Laplace, k = {k}"] = search_posterior(network, energy, field=field)
-        posteriors[f"nested, k = {k}"] = nested_posterior(network, energy, field=field)
-    posteriors[short_name] = nested_posterior(short, energy, field=BEST)
-    best = f"nested with a flow, k = {BEST.steps}"
-    posteriors[best] = shared
+    k, less = BEST.steps, refinement.FIELDS[FIELDS[0]]
+    best, short_name = f"nested with a flow, k = {k}", f"nested, k = {k}, short training"
+    posteriors = {
+        f"Laplace, k = {k}": search_posterior(network, energy, field=BEST),
+        f"nested, k = {k}": nested_posterior(network, energy, field=BEST),
+        short_name: nested_posterior(short, energy, field=BEST),
+        f"nested with a flow, k = {less.steps}": posterior_of(beside, less),
+        best: posterior_of(beside),
+    }
     if quick:
-        posteriors = {best: shared}
+        posteriors = {best: posteriors[best]}
 
     longer = {**REFERENCE, "draws": 512, "rounds": 1} if quick else REFERENCE
     held: dict[str, dict[str, Any]] = {}
@@ -236,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = events, weighed(events, analysis, key=key, **longer), analysis.single
         for name, posterior in posteriors.items():
             held.setdefault(name, {})[f"{fraction:g}"] = figures(posterior, made)
+            jax.clear_caches()  # dozens of large programs are more than a process can map
             print(fraction, name, held[name][f"{fraction:g}"], flush=True)
 
     asked: dict[str, Callable[[Event], Any]] = {}
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [[name, f"{r['one']:.1f}", f"{r['many']:.1f}"] for name, r in speed.items()]
     print(table(["times faster than the oracle", "one event", "many"], rows))
     bars = []
-    for name in (best,) if quick else ("nested, k = 4", "nested, k = 6", best):
+    for name in [name for name in posteriors if "flow" in name]:
         clean = held[name]["0"]
         bars += [
             Bar.check(f"{name}, no gaps: mean KL", clean["kl_mean"], "<=", 0.03),
@@ -285,7 +286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             Bar.check("short training: seconds on one core", seconds, "<=", 180.0),
         ]
-        record = {"seconds": spent, "metrics": held[best], "check": measure(shared, **CHECK)}
+        record = {
+            "seconds": spent,
+            "metrics": held[best],
+            "check": measure(posteriors[best], **CHECK),
+        }
         save(FILE, beside, settings={"sizes": SIZES, "record": record})
         bars.append(Bar.check("bytes of the file", FILE.stat().st_size, "<=", LARGEST_FILE))
     results = {
