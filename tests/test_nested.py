@@ -79,7 +79,7 @@ def on_grid(energy: Energy, event: Event, q, low: float, high: float) -> tuple[n
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
     seen = p > 1e-30
-    return float(np.sum(p[seen] * np.log(p[seen] / q[seen])))
+    return float(np.sum(p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-300))))
 
 
 def test_a_bent_ridge_is_followed(x64):
