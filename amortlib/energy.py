@@ -92,6 +92,10 @@ class Energy(eqx.Module):
         """J, in nats."""
         return self.terms(x, event).total
 
+    def at_control(self, v: Float[Array, " d"], event: Event) -> Float[Array, ""]:
+        """J at the state x_b + B^{1/2} v, in nats: half the sum of squares of `residual`."""
+        return 0.5 * jnp.sum(self.residual(v, event) ** 2)
+
     def log_joint(self, x: Float[Array, " d"], event: Event) -> Float[Array, ""]:
         """log p(x, y | m): -J plus the two Gaussian normalisers, of the prior and of the noise."""
         noise = jnp.where(event.mask, jnp.log(self.sd(event)) + 0.5 * _LOG_2PI, 0.0)

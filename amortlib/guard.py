@@ -259,7 +259,7 @@ def _signs(
     v = prior.whiten(q.mode())
 
     def cost(v: Array) -> Array:
-        return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+        return energy.at_control(v, event)
 
     end = refine(energy, v, event, steps=STEPS, derivative="unrolled")
     there = prior.colour(end)

@@ -336,7 +336,7 @@ def nested_laplace(energy: Energy, v: Float[Array, " d"], event: Event) -> Neste
         middle = last.middle + last.drift * (a - before)
         jacobian, r = jax.jacfwd(residual, has_aux=True)(place(a, middle))
         width, drift, step, slope = across(jacobian, r)
-        height, lower = cost(r), cost(energy.residual(place(a, middle + step), event))
+        height, lower = cost(r), energy.at_control(place(a, middle + step), event)
         better = lower <= height
         middle = jnp.where(better, middle + step, middle)
         here = _Node(middle, drift, width, jnp.where(better, lower, height), slope)
@@ -438,11 +438,14 @@ class NestedMixture(AbstractDistribution):
         """Whether that of what stands beside the ridges is."""
         return self.beside.exact_log_prob
 
+    def log_near(self, x: Float[Array, " d"]) -> Float[Array, ""]:
+        """Log-density of the ridges alone at `x`."""
+        each = self.log_weight + jax.vmap(lambda q: q.log_prob(x))(self.ridges)
+        return jax.nn.logsumexp(jnp.where(jnp.isfinite(each), each, -_HIGHEST))
+
     def log_prob(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density at `x`."""
-        each = self.log_weight + jax.vmap(lambda q: q.log_prob(x))(self.ridges)
-        near = jax.nn.logsumexp(jnp.where(jnp.isfinite(each), each, -_HIGHEST))
-        far = self.beside.log_prob(x)
+        near, far = self.log_near(x), self.beside.log_prob(x)
         return jnp.logaddexp(jnp.log1p(-self.share) + near, jnp.log(self.share) + far)
 
     def sample(self, n: int, *, key: Key) -> Float[Array, "n d"]:
@@ -513,7 +516,7 @@ def _doubt(
 
     def off(u: Array, w: Array) -> Array:
         v = best.point(best.along(u), w)
-        height = 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+        height = energy.at_control(v, event)
         height = jnp.where(jnp.isfinite(height), jnp.minimum(height, _HIGHEST), _HIGHEST)
         return jnp.arcsinh(-height - _together(ridges, v))
 
@@ -601,7 +604,7 @@ class NestedEncoder(AbstractEncoder):
         # Of an end where J overflows nothing is known.
         mass = jnp.where(jnp.isfinite(ridges.log_mass), ridges.log_mass, -_HIGHEST)
         weight = jax.nn.log_softmax(mass)
-        height = jax.vmap(lambda v: 0.5 * jnp.sum(energy.residual(v, event) ** 2))(ends)
+        height = jax.vmap(lambda v: energy.at_control(v, event))(ends)
         lowest = jnp.argmin(jnp.where(jnp.isfinite(height), height, jnp.inf))
         doubt = _doubt(energy, ridges, weight, event)
         beside = guess if self.beside is None else self.beside(event)

@@ -101,7 +101,7 @@ def refine(
         return v
 
     def cost(v: Array) -> Array:
-        return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+        return energy.at_control(v, event)
 
     return stationary_point(cost, v)
 
@@ -284,7 +284,7 @@ class RefinedEncoder(AbstractEncoder):
         cost = 0.5 * jnp.sum(r**2)
 
         def above(v: Array) -> Array:
-            rise = 0.5 * jnp.sum(energy.residual(v, event) ** 2) - cost
+            rise = energy.at_control(v, event) - cost
             return jnp.where(jnp.isfinite(rise), jnp.minimum(rise, _LARGEST_RISE), _LARGEST_RISE)
 
         if inner is None:

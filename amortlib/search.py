@@ -134,10 +134,6 @@ class _Local(eqx.Module):
         return self.jacobian.T @ self.residual
 
 
-def _cost(energy: Energy, v: Float[Array, " d"], event: Event) -> Float[Array, ""]:
-    return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
-
-
 def _look(energy: Energy, v: Float[Array, " d"], event: Event) -> _Local:
     def residual(v: Array) -> tuple[Array, Array]:
         r = energy.residual(v, event)
@@ -231,7 +227,7 @@ def search(
         ends, cost = _search(energy, starts, event, field)
         return ends[_lowest(cost)]
     ends, cost = _search(*_held((energy, starts, event)), field)
-    return stationary_point(lambda v: _cost(energy, v, event), ends[_lowest(cost)])
+    return stationary_point(lambda v: energy.at_control(v, event), ends[_lowest(cost)])
 
 
 def search_ends(
@@ -244,7 +240,7 @@ def search_ends(
     """
     _check(starts, field)
     ends, _ = _search(*_held((energy, starts, event)), field)
-    return jax.vmap(lambda v: stationary_point(lambda v: _cost(energy, v, event), v))(ends)
+    return jax.vmap(lambda v: stationary_point(lambda v: energy.at_control(v, event), v))(ends)
 
 
 def component_starts(energy: Energy, mixture: AbstractDistribution) -> Float[Array, "s d"]:
@@ -287,7 +283,7 @@ def _search(
         return jax.tree.map(lambda leaf: leaf[best], tree)
 
     looks = jax.vmap(lambda v: _look(energy, v, event))
-    costs = jax.vmap(lambda v: _cost(energy, v, event))
+    costs = jax.vmap(lambda v: energy.at_control(v, event))
 
     def moved(at: _Local, damping: Array, newton: bool) -> tuple[Array, Array, Array]:
         """Where each start stands after a step, J there, and whether it moved."""
@@ -395,7 +391,7 @@ class SearchEncoder(AbstractEncoder):
         root = jax.vmap(energy.prior.colour, in_axes=1, out_axes=1)(spread)
         root = root - energy.prior.loc[:, None]
         chol = jnp.linalg.cholesky(root @ root.T)
-        return SearchContext(energy.prior.colour(v), chol, _cost(energy, v, event))
+        return SearchContext(energy.prior.colour(v), chol, energy.at_control(v, event))
 
 
 class SearchHead(AbstractHead):

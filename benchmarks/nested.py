@@ -121,9 +121,7 @@ def pool_of(
 
     def one(x: Array, event: Event) -> tuple[Array, Array]:
         context = posterior.encoder(event)
-        each = context.log_weight + jax.vmap(lambda q: q.log_prob(x))(context.ridges)
-        near = jax.nn.logsumexp(jnp.where(jnp.isfinite(each), each, -1e4))
-        return near, context.doubt
+        return posterior.head(context).log_near(x), context.doubt
 
     parts = []
     for i, (fraction, chunks) in enumerate(POOL.items()):

@@ -78,6 +78,15 @@ def log_likelihood(x: np.ndarray, clean: np.ndarray) -> float:
 
 
 @every_prior
+def test_j_at_a_control_variable_is_j_at_its_state(prior, x64):
+    energy = Energy(PRIORS[prior](), affine)
+    for v in numbers()["x"]:
+        state = energy.prior.colour(jnp.asarray(v))
+        there = energy.at_control(jnp.asarray(v), event())
+        assert there == pytest.approx(float(energy(state, event())), rel=1e-12)
+
+
+@every_prior
 def test_the_terms_are_the_sums_of_the_definition(x64, prior):
     """Entry by entry in numpy: sums over what was seen, never means."""
     given, energy = numbers(), Energy(PRIORS[prior](), affine)

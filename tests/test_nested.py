@@ -10,7 +10,7 @@ from scipy.stats import chi2
 from amortlib.encoders import FlatEncoder
 from amortlib.energy import Energy
 from amortlib.gaussian import Gaussian
-from amortlib.heads import CholeskyHead, MixtureHead
+from amortlib.heads import CholeskyHead
 from amortlib.laplace import laplace
 from amortlib.nested import (
     NestedEncoder,
@@ -24,11 +24,10 @@ from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.search import Field, search_ends, search_posterior
 from amortlib.types import Event, to_double
+from tests.two_minima import ENERGY, KEY, PRIOR, guess
 
 pytestmark = pytest.mark.slow
 
-KEY = jax.random.key(0)
-PRIOR = Gaussian(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.0], [0.3, 0.8]]))
 FIELD = Field((4, 4, 2, 2))
 SIDE = 401
 """Points along each side of the grid that densities are added up on."""
@@ -45,21 +44,7 @@ def bent(y: float = 0.0, sd: float = 0.15) -> tuple[Energy, Event]:
     return to_double((Energy(prior, parabola), event))
 
 
-def squares(x):
-    """Seen through a square: up to two minima, on either side of zero."""
-    return jnp.stack([x[0] ** 2, x[0] * x[1], x[1] + 0.3 * x[0] ** 2])
-
-
-ENERGY = Energy(PRIOR, squares)
 TWO_SIDED = Event(jnp.array([4.0, 0.0, 0.3]), jnp.array([True, False, True]), jnp.full(3, 0.3))
-
-
-def guess(components: int = 4) -> AmortizedPosterior:
-    encoder = FlatEncoder((3,), key=KEY, features=6, width=8, depth=1)
-    head = MixtureHead(
-        6, 2, key=KEY, components=components, centre=PRIOR.loc, scale=3.0 * PRIOR.sd()
-    )
-    return AmortizedPosterior(encoder, head)
 
 
 def grid_of(low: float, high: float) -> tuple[jax.Array, float]:
@@ -103,6 +88,22 @@ def test_a_bent_ridge_is_followed(x64):
     np.testing.assert_allclose(q.covariance(), cov, rtol=0.05, atol=0.08)
     np.testing.assert_allclose(q.sd(), np.sqrt(np.diag(cov)), rtol=0.03)
     assert plain.covariance()[1, 1] < 0.05 * cov[1, 1]
+
+
+def test_the_next_place_is_looked_for_where_the_ridge_leads(x64):
+    """Where one step across does not reach the ridge from the place before, its slope does.
+
+    Held to the lowest of a fine row of places across, in widths of the ridge.
+    """
+    energy, event = bent()
+    energy = Energy(energy.prior, lambda x: jnp.sinh(0.15 * parabola(x)) / 0.15)
+    q = nested_laplace(energy, jnp.zeros(2), event)
+    across = jnp.linspace(-4.0, 4.0, 80_001)
+    for i in range(2, 7):
+        places = jax.vmap(lambda b, i=i: q.centre + q.axes @ jnp.stack([q.at[i], b]))(across)
+        height = jax.vmap(lambda v: energy.at_control(v, event))(places)
+        off = q.middle[i, 0] - across[jnp.argmin(height)]
+        assert abs(off) < q.width[i, 0, 0]
 
 
 def test_the_mass_is_the_integral(x64):

@@ -6,10 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from amortlib.encoders import FlatEncoder
 from amortlib.energy import Energy
-from amortlib.gaussian import Gaussian
-from amortlib.heads import CholeskyHead, MixtureHead
+from amortlib.heads import CholeskyHead
 from amortlib.laplace import laplace, mode_jacobian
 from amortlib.posterior import AmortizedPosterior
 from amortlib.search import (
@@ -24,20 +22,11 @@ from amortlib.search import (
 from amortlib.solvers import Oracle
 from amortlib.training import trainable
 from amortlib.types import Event, to_double
+from tests.two_minima import ENERGY, KEY, PRIOR, guess, squares
 
 pytestmark = pytest.mark.slow
 
-KEY = jax.random.key(0)
-PRIOR = Gaussian(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.0], [0.3, 0.8]]))
 FIELD = Field((4, 4, 2, 2, 1))
-
-
-def squares(x):
-    """Seen through a square: up to two minima, on either side of zero."""
-    return jnp.stack([x[0] ** 2, x[0] * x[1], x[1] + 0.3 * x[0] ** 2])
-
-
-ENERGY = Energy(PRIOR, squares)
 
 
 def events_of(n: int, seed: int = 0) -> Event:
@@ -47,14 +36,6 @@ def events_of(n: int, seed: int = 0) -> Event:
     return Event(
         jnp.asarray(y, jnp.float32), jnp.asarray(rng.random((n, 3)) < 0.7), jnp.full((n, 3), 0.3)
     )
-
-
-def guess(components: int = 4) -> AmortizedPosterior:
-    encoder = FlatEncoder((3,), key=KEY, features=6, width=8, depth=1)
-    head = MixtureHead(
-        6, 2, key=KEY, components=components, centre=PRIOR.loc, scale=3.0 * PRIOR.sd()
-    )
-    return AmortizedPosterior(encoder, head)
 
 
 def cost_of(energy: Energy, v, event: Event):

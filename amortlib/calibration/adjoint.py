@@ -114,7 +114,7 @@ def oracle_products(
     v0 = energy.prior.whiten(mode)
 
     def cost(v):
-        return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+        return energy.at_control(v, event)
 
     def clean(v):
         return energy.forward(energy.prior.colour(v))

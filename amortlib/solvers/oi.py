@@ -67,7 +67,7 @@ class OptimalInterpolation(AbstractSolver):
             mode = x_b + solve(h.T @ (innovation / sd**2))
             covariance = jax.vmap(solve, 1, 1)(jnp.eye(x_b.size, dtype=x_b.dtype))
         value = energy(mode, event)
-        slope = jax.jacfwd(lambda v: 0.5 * jnp.sum(energy.residual(v, event) ** 2))
+        slope = jax.jacfwd(lambda v: energy.at_control(v, event))
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(covariance))
         result = optx.RESULTS.where(finite, optx.RESULTS.successful, optx.RESULTS.nonfinite)
         analysis = Analysis(

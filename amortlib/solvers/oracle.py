@@ -236,7 +236,7 @@ def _polish(
 
     def one(event, v):
         def cost_at(v):
-            return 0.5 * jnp.sum(energy.residual(v, event) ** 2)
+            return energy.at_control(v, event)
 
         def local(v):
             cost, slope = jax.value_and_grad(cost_at)(v)
