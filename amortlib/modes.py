@@ -25,7 +25,9 @@ def _stationary_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return x, -jnp.linalg.solve(curvature, tangents[2])
 
 
-def stationary_point(fall: Callable[[Array], Array], x: Float[Array, " d"]) -> Float[Array, " d"]:
+def stationary_point(
+    fall: Callable[[Array], Array], x: Float[Array, " d"], *, polish: bool = False
+) -> Float[Array, " d"]:
     """`x`, with the derivative of the stationary point of `fall` that it is.
 
     By the implicit function theorem: with s the slope of `fall`, s(x; y) = 0 for all y gives
@@ -35,10 +37,20 @@ def stationary_point(fall: Callable[[Array], Array], x: Float[Array, " d"]) -> F
     Args:
         fall: a function of one point, twice differentiable, that may depend on traced values.
         x: where its slope is zero.
+        polish: whether the derivative is that at the end of one Newton step from `x`, where that
+            makes the slope smaller. Derivatives hang on where exactly the point is more than
+            values do, and the curvature has to be known for them anyway.
     """
     x = jax.lax.stop_gradient(x)
-    curvature = jax.lax.stop_gradient(jax.jacfwd(jax.grad(fall))(x))
-    return _stationary(x, curvature, jax.grad(fall)(x))
+    slope = jax.grad(fall)
+    curve = jax.jacfwd(slope)
+    at = x
+    if polish:
+        here = slope(x)
+        there = x - jnp.linalg.solve(curve(x), here)
+        better = jnp.sum(slope(there) ** 2) < jnp.sum(here**2)  # false where it is no number
+        at = jax.lax.stop_gradient(jnp.where(better, there, x))
+    return _stationary(x, jax.lax.stop_gradient(curve(at)), slope(at))
 
 
 def density_mode(

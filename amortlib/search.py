@@ -227,7 +227,7 @@ def search(
         ends, cost = _search(energy, starts, event, field)
         return ends[_lowest(cost)]
     ends, cost = _search(*_held((energy, starts, event)), field)
-    return stationary_point(lambda v: energy.at_control(v, event), ends[_lowest(cost)])
+    return _minimum(energy, ends[_lowest(cost)], event)
 
 
 def search_ends(
@@ -240,7 +240,7 @@ def search_ends(
     """
     _check(starts, field)
     ends, _ = _search(*_held((energy, starts, event)), field)
-    return jax.vmap(lambda v: stationary_point(lambda v: energy.at_control(v, event), v))(ends)
+    return jax.vmap(lambda v: _minimum(energy, v, event))(ends)
 
 
 def component_starts(energy: Energy, mixture: AbstractDistribution) -> Float[Array, "s d"]:
@@ -252,6 +252,11 @@ def component_starts(energy: Energy, mixture: AbstractDistribution) -> Float[Arr
     if not isinstance(mixture, GaussianMixture):
         raise TypeError(f"expected a guess that is a mixture, got {type(mixture).__name__}")
     return jax.vmap(energy.prior.whiten)(mixture.part.loc)
+
+
+def _minimum(energy: Energy, v: Float[Array, " d"], event: Event) -> Float[Array, " d"]:
+    """The end of a search, with the derivative of the minimum of J that it is next to."""
+    return stationary_point(lambda v: energy.at_control(v, event), v, polish=True)
 
 
 def _check(starts: Array, field: Field) -> None:
