@@ -214,8 +214,9 @@ def search(
             the first step. With no step at all the lowest start is the answer.
         event: the event.
         field: how many starts take each step.
-        derivative: in `event.y`: `"implicit"`, that of a minimum of J, with the full Hessian;
-            `"unrolled"`, that of the steps and of the starts.
+        derivative: in `event.y`: `"implicit"`, that of a minimum of J, with the full Hessian, taken
+            one Newton step further on than the end, where that is nearer; `"unrolled"`, that
+            of the steps and of the starts.
 
     Raises:
         ValueError: on too few starts, or another derivative.

@@ -156,6 +156,26 @@ def test_a_stationary_point_has_the_slope_of_the_root():
     np.testing.assert_allclose(jax.jit(jax.grad(lambda a: f(a)[0]))(a), 2 * a / 4.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("x", "nearer"), [(1.1, True), (-0.29, True), (-0.5, False)])
+def test_polished_the_slope_is_that_one_newton_step_further_on(x, nearer, x64):
+    """Where that step makes the slope smaller; the value is the point as it was."""
+    fall = lambda x, a: jnp.sum((x - a**2) ** 2 / 2 - x**2 + x**4 / 4)  # noqa: E731
+    at = jnp.full(1, x)
+
+    def found(a, polish):
+        return stationary_point(lambda x: fall(x, a), at, polish=polish)[0]
+
+    a = jnp.sqrt(0.1)  # the slope x^3 - x - 1/10 has a flat place at x = 1/sqrt(3)
+    once = x - (x**3 - x - 0.1) / (3 * x**2 - 1)
+    assert (abs(once**3 - once - 0.1) < abs(x**3 - x - 0.1)) == nearer
+    value, slope = jax.jit(jax.value_and_grad(found), static_argnums=1)(a, True)
+    assert value == x
+    end = once if nearer else x
+    np.testing.assert_allclose(slope, 2 * a / (3 * end**2 - 1), rtol=1e-9)
+    plain = jax.grad(found)(a, False)
+    np.testing.assert_allclose(plain, 2 * a / (3 * x**2 - 1), rtol=1e-9)
+
+
 def test_the_laplace_head_is_laplace_at_the_refined_point():
     model = model_of(steps=20)
     q = eqx.filter_jit(model)(event_of())

@@ -9,6 +9,7 @@ import pytest
 from amortlib.energy import Energy
 from amortlib.heads import CholeskyHead
 from amortlib.laplace import laplace, mode_jacobian
+from amortlib.modes import stationary_point
 from amortlib.posterior import AmortizedPosterior
 from amortlib.search import (
     Field,
@@ -103,6 +104,45 @@ def test_it_ends_where_the_oracle_does_with_the_oracles_slope(x64):
     plain, *_ = run(False)
     off = [np.abs(np.asarray(m) - found.mode[good])[same].max(axis=1) for m in (mode, plain)]
     assert np.quantile(off[0], 0.9) < 0.01 * np.quantile(off[1], 0.9)
+
+
+def test_the_slope_is_that_one_newton_step_further_on(x64):
+    """Of a search that is cut short, the lowest end and all of them; where it ends is as it was.
+
+    Beside the slope at the end itself, both against that of the minimum next to it.
+    """
+    energy, events = to_double((ENERGY, events_of(64, 2)))
+    starts = 1.5 * jax.random.normal(KEY, (4, 2), jnp.float64)
+    field, longer = Field((4, 4, 2, 2)), Field((1,) * 12)
+
+    @jax.jit
+    @jax.vmap
+    def run(event):
+        def seen(y):
+            return Event(y, event.mask, event.sd)
+
+        def ends(y):
+            found = search_ends(energy, starts, seen(y), field=field)
+            return jnp.vstack([search(energy, starts, seen(y), field=field), found])
+
+        def of(y, ends):
+            fall = lambda v: energy.at_control(v, seen(y))  # noqa: E731
+            return jax.vmap(lambda v: stationary_point(fall, v))(ends)
+
+        at = ends(event.y)
+        there = jax.vmap(lambda v: search(energy, v[None], event, field=longer))(at)
+        slope = jax.jacfwd(ends)(event.y)
+        return at, there, slope, *(jax.jacfwd(of)(event.y, v) for v in (at, there))
+
+    at, there, slope, plain, want = map(np.asarray, run(events))
+    far = np.abs(at - there).max(axis=2)
+    near = (far < 0.05) & (far > 1e-4)  # the same minimum, not yet reached
+    assert near[:, 0].sum() > 5
+    assert near.sum() > 30
+    for of in (near & (np.arange(3) == 0), near & (np.arange(3) > 0)):
+        off = [np.abs(s - want).max(axis=(2, 3))[of] for s in (slope, plain)]
+        assert np.median(off[0]) < 0.1 * np.median(off[1])
+        assert (off[0] < off[1] + 1e-9).mean() > 0.9
 
 
 def test_the_bend_is_learned_from_the_way(x64):
