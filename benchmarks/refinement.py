@@ -37,6 +37,7 @@ from amortlib.encoders import FlatEncoder, ScaledEncoder
 from amortlib.energy import Energy
 from amortlib.export import build_and_load, save
 from amortlib.heads import MixtureHead
+from amortlib.modes import stationary_point
 from amortlib.objectives import nll
 from amortlib.observation import ContiguousGaps, NoGaps
 from amortlib.posterior import AmortizedPosterior
@@ -189,6 +190,17 @@ def searched(field: Field, derivative: str) -> Answer:
     return mode
 
 
+def at_the_end(field: Field) -> Answer:
+    """The same, with the derivative there and not one Newton step further on."""
+    end = searched(field, "implicit")
+
+    def mode(model: AmortizedPosterior, energy: Energy, event: Event) -> Array:
+        v = energy.prior.whiten(end(model, energy, event))
+        return energy.prior.colour(stationary_point(lambda v: energy.at_control(v, event), v))
+
+    return mode
+
+
 def network(model: AmortizedPosterior, energy: Energy, event: Event) -> Array:
     """The mode of the mixture itself, and nothing of J."""
     return model(event).mode()
@@ -317,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers |= {f"one start, k = {k}": plain(k, "implicit") for k in PLAIN[1:]}
     answers |= {f"one start, k = {k}, unrolled": plain(k, "unrolled") for k in PLAIN[1:]}
     answers |= {name: searched(field, "implicit") for name, field in FIELDS.items()}
+    answers[f"{BEST}, slope at its end"] = at_the_end(FIELDS[BEST])
     answers[f"{BEST}, unrolled"] = searched(FIELDS[BEST], "unrolled")
     if quick:
         answers = {name: answers[name] for name in ("network alone, k = 0", BEST)}

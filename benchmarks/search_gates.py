@@ -37,8 +37,8 @@ from benchmarks.report import Bar, finish, parser, table
 
 SEEDS = {"report": refinement.SEEDS["report"], "draws": 71, "usual": 72, "guard": 73, "asked": 74}
 FIELDS = ("search, k = 4", "search, k = 6")
-NESTED = "nested with a flow, k = 6"
-"""The same minima as those of the last field, and more than a Gaussian around them."""
+NESTED = nested.SHARED
+"""The same minima as those of the first field, and more than a Gaussian around them."""
 USUAL = 2000
 """Windows that the guard is set with, with gaps as the network was trained on."""
 RATE = 0.01
