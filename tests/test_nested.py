@@ -16,10 +16,10 @@ from amortlib.nested import (
     NestedEncoder,
     NestedHead,
     SharedHead,
-    _told_apart,
     nested_laplace,
     nested_posterior,
 )
+from amortlib.nested.mixture import told_apart
 from amortlib.posterior import AmortizedPosterior
 from amortlib.problems import ornstein_uhlenbeck
 from amortlib.search import Field, search_ends, search_posterior
@@ -217,7 +217,7 @@ def test_each_minimum_counts_once(x64):
     two = search_ends(energy, starts, event, field=Field((2,) * 12))
     ridges = jax.vmap(lambda v: nested_laplace(energy, v, event))
     apart = ridges(two).log_mass
-    told = _told_apart(ridges(two[jnp.array([0, 0, 1, 0])])).log_mass
+    told = told_apart(ridges(two[jnp.array([0, 0, 1, 0])])).log_mass
     assert np.abs(two[0] - two[1]).max() > 1.0
     np.testing.assert_allclose(told[jnp.array([0, 1, 3])], apart[0] - np.log(3), atol=0.06)
     np.testing.assert_allclose(told[2], apart[1], atol=0.06)
