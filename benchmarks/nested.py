@@ -61,8 +61,7 @@ SEEDS = {
     "short network": refinement.SEEDS["training"],
     "short pool": 950,
 }
-MORE = "search, k = 6"
-FIELDS = {"k = 4": refinement.FIELDS[refinement.BEST], "k = 6": refinement.FIELDS[MORE]}
+FIELDS = {k: refinement.FIELDS[f"search, {k}"] for k in ("k = 4", "k = 6")}
 BEST = "k = 4"
 SHARED = f"nested with a flow, {BEST}"
 BRIEF = ("nested, short training", "nested with a flow, short training")
