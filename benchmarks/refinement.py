@@ -59,6 +59,7 @@ SEEDS = {
     "draws": 7,
     "timing": 5,
     "held out": 303,
+    "tested": 404,
 }
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8)
 EVENTS = 1024
@@ -134,7 +135,9 @@ def train(sizes: dict[str, int], steps: int) -> tuple[AmortizedPosterior, float]
     return result.model, time.process_time() - start
 
 
-def solved(split: str, fraction: float, n: int, keep: Path | None) -> tuple[Event, OracleAnalysis]:
+def solved(
+    split: str, fraction: float, n: int, keep: Path | None = None
+) -> tuple[Event, OracleAnalysis]:
     """Fresh events and the oracle's answers, from the folder where it has them."""
     made = problem(fraction)
     seed = SEEDS[split] + round(10 * fraction)
