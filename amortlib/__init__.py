@@ -3,8 +3,8 @@
 The package is read bottom up, in the order in which its modules may import each other:
 ``types``, ``export``, ``gaussian``, ``modes``, ``dynamics``, ``observation``, ``problems``,
 ``pairs``, ``energy``, ``laplace``, ``solvers``, ``encoders``, ``heads``, ``posterior``,
-``refine``, ``search``, ``nested``, ``objectives``, ``training``, ``calibration``, ``guard``,
-``bundle``, ``catalogue``, ``alert``, ``deploy``.
+``symmetry``, ``refine``, ``search``, ``nested``, ``objectives``, ``training``, ``calibration``,
+``guard``, ``bundle``, ``catalogue``, ``alert``, ``deploy``.
 
 Notation, used in code and docstrings alike: state ``x``, observations ``y``, mask ``m``
 (``True`` = observed), background mean ``x_b`` and covariance ``B``, observation-error covariance
@@ -35,6 +35,7 @@ from amortlib import (
     refine,
     search,
     solvers,
+    symmetry,
     training,
     types,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "search",
     "simulate_pair",
     "solvers",
+    "symmetry",
     "train_step",
     "training",
     "types",

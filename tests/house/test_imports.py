@@ -24,6 +24,7 @@ ORDER = [
     "encoders",
     "heads",
     "posterior",
+    "symmetry",
     "supports",
     "refine",
     "search",
