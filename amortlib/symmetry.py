@@ -20,7 +20,7 @@ from jaxtyping import ArrayLike, Float
 
 from amortlib.encoders import AbstractEncoder
 from amortlib.energy import Energy
-from amortlib.gaussian import AbstractDistribution
+from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
 from amortlib.heads.base import AbstractHead
 from amortlib.modes import density_mode
 from amortlib.posterior import AmortizedPosterior
@@ -193,7 +193,7 @@ def symmetric_posterior(
     Args:
         posterior: any, trained or not.
         symmetries: a group of maps, without the identity: one after another is again one of them.
-        problem: with a prior; J is looked at on simulated events and at their images.
+        problem: with a Gaussian prior; J is looked at on simulated events and at their images.
         key: draws those.
         looks: how many.
 
@@ -203,8 +203,9 @@ def symmetric_posterior(
     """
     if not symmetries:
         raise ValueError("expected at least one symmetry, got none")
-    if problem.prior is None:
-        raise ValueError("expected a problem with a prior, whose J can be looked at, got none")
+    prior = problem.prior
+    if not isinstance(prior, Gaussian | GaussMarkov):
+        raise ValueError(f"expected a problem with a Gaussian prior, that has a J, got {prior}")
     d = problem.shapes()[0][0]
     maps = [np.eye(d)]
     for i, symmetry in enumerate(symmetries):
@@ -218,7 +219,7 @@ def symmetric_posterior(
                 raise ValueError(
                     f"expected a group: symmetry {j - 1} and then {i - 1} is none of those given"
                 )
-    energy = Energy(problem.prior, problem.forward)
+    energy = Energy(prior, problem.forward)
     x, events = problem.batch(key, looks)
     for i, symmetry in enumerate(symmetries):
         images = jax.vmap(symmetry.event)(events)

@@ -162,7 +162,7 @@ def test_what_is_no_symmetry_is_refused():
         of(Symmetry(MIRROR, lambda event: event))  # the sign of the first x is seen
     with pytest.raises(ValueError, match=r"symmetry 0: expected an event of shape \(5, 2\)"):
         of(Symmetry(MIRROR, lambda event: jax.tree.map(lambda a: a[1:], event)))
-    with pytest.raises(ValueError, match="a problem with a prior"):
+    with pytest.raises(ValueError, match="a Gaussian prior, that has a J, got None"):
         of(SYMMETRY, problem=dataclasses.replace(made, prior=None))
 
 
