@@ -198,8 +198,9 @@ def symmetric_posterior(
         looks: how many.
 
     Raises:
-        ValueError: on no symmetry; on maps that are no group; where an image has another shape; and
-            where J is not the same at an image, with both numbers.
+        ValueError: on no symmetry; on a problem without a Gaussian prior; on maps of another size,
+            or that are no group; where an image has another shape; and where J is not the same at
+            an image, with both numbers.
     """
     if not symmetries:
         raise ValueError("expected at least one symmetry, got none")
