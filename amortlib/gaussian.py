@@ -32,6 +32,7 @@ __all__ = [
     "condition",
     "kalman_smoother",
     "kl",
+    "mixture_covariance",
     "quasi_normal",
 ]
 
@@ -73,6 +74,14 @@ class AbstractDistribution(eqx.Module):
     @abc.abstractmethod
     def sd(self) -> Float[Array, " d"]:
         """Standard deviation of each component."""
+
+
+def mixture_covariance(
+    weight: Float[Array, " k"], means: Float[Array, "k d"], covariances: Float[Array, "k d d"]
+) -> Float[Array, "d d"]:
+    """Covariance of a mixture: that of each part, and that of their means; weights add up to 1."""
+    off = means - weight @ means
+    return jnp.tensordot(weight, covariances, 1) + (off * weight[:, None]).T @ off
 
 
 def _from_mean(x: Array, loc: Array) -> Array:

@@ -20,7 +20,12 @@ from jaxtyping import ArrayLike, Float
 
 from amortlib.encoders import AbstractEncoder
 from amortlib.energy import Energy
-from amortlib.gaussian import AbstractDistribution, Gaussian, GaussMarkov
+from amortlib.gaussian import (
+    AbstractDistribution,
+    Gaussian,
+    GaussMarkov,
+    mixture_covariance,
+)
 from amortlib.heads.base import AbstractHead
 from amortlib.modes import density_mode
 from amortlib.posterior import AmortizedPosterior
@@ -125,9 +130,9 @@ class SymmetricDistribution(AbstractDistribution):
         inverse = jnp.linalg.inv(self.maps)
         within = self._each(lambda q: q.covariance())
         means = self._back(self._each(lambda q: q.mean()))
-        off = means - means.mean(0)
-        moved = jnp.einsum("gij,gjk,glk->il", inverse, within, inverse)
-        return (moved + off.T @ off) / self.maps.shape[0]
+        moved = jnp.einsum("gij,gjk,glk->gil", inverse, within, inverse)
+        g = self.maps.shape[0]
+        return mixture_covariance(jnp.full(g, 1.0 / g), means, moved)
 
     def sd(self) -> Float[Array, " d"]:
         """Standard deviation of each component."""

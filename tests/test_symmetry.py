@@ -16,16 +16,13 @@ from amortlib.posterior import AmortizedPosterior, flow_posterior, score_posteri
 from amortlib.problems import InverseProblem, lorenz63, lorenz63_sign_lost
 from amortlib.symmetry import Symmetry, symmetric_posterior
 from amortlib.types import Event
+from benchmarks import bimodal
+from benchmarks.bimodal import mirrored
 
 KEY = jax.random.key(0)
-MIRROR = np.diag([-1.0, -1.0, 1.0])
+MIRROR = np.diag(bimodal.MIRROR)
 SHAPE = (5, 2)
 FIRST_MISSING = jnp.ones(SHAPE, bool).at[0].set(False)
-
-
-def mirrored(event: Event) -> Event:
-    """What would have been seen of (-x, -y, z): only the first x is seen with its sign."""
-    return dataclasses.replace(event, y=event.y.at[0, 0].multiply(-1.0))
 
 
 SYMMETRY = Symmetry(MIRROR, mirrored)
@@ -53,6 +50,15 @@ def event_of(mask=None) -> Event:
     return made.simulate(jax.random.key(3))[1]
 
 
+def check_draws(q, x):
+    """Their mean is that of q and, for a narrower density r, E r / q = 1; five standard errors."""
+    np.testing.assert_array_less(np.abs(x.mean(0) - q.mean()), 5 * x.std(0) / np.sqrt(len(x)))
+    narrow = Gaussian.from_covariance(q.mean(), 0.5 * q.covariance())
+    ratio = jax.vmap(narrow.log_prob)(x) - jax.vmap(q.log_prob)(x)
+    weight = np.exp(np.asarray(ratio, float))
+    assert abs(weight.mean() - 1.0) < 5 * weight.std() / np.sqrt(len(weight))
+
+
 def test_the_density_of_an_image_is_that_of_the_state(flow):
     """And the average of both; the network alone says different things of them."""
     event = event_of(jnp.ones(SHAPE, bool))
@@ -71,8 +77,9 @@ def test_draws_mean_and_covariance_are_those_of_the_density(flow):
     and six, so that one run in 10^5 would fail. And for a narrower density r, E r / q = 1.
     """
     q = flow(event_of(jnp.ones(SHAPE, bool)))
-    x = np.asarray(q.sample(20_000, key=KEY), float)
-    np.testing.assert_array_less(np.abs(x.mean(0) - q.mean()), 5 * x.std(0) / np.sqrt(len(x)))
+    draws = q.sample(20_000, key=KEY)
+    check_draws(q, draws)
+    x = np.asarray(draws, float)
     off = x - x.mean(0)
     each = off[:, :, None] * off[:, None, :]
     error = each.std(0) / np.sqrt(len(x))
@@ -81,11 +88,6 @@ def test_draws_mean_and_covariance_are_those_of_the_density(flow):
         np.abs(each.mean(0) - q.covariance()), 5 * error + 0.02 * np.abs(each.mean(0)).max()
     )
     np.testing.assert_allclose(q.sd() ** 2, np.diag(q.covariance()), rtol=1e-5)
-    narrow = Gaussian.from_covariance(q.mean(), 0.5 * q.covariance())
-    draws = jnp.asarray(x, jnp.float32)
-    ratio = jax.vmap(narrow.log_prob)(draws) - jax.vmap(q.log_prob)(draws)
-    weight = np.exp(np.asarray(ratio, float))
-    assert abs(weight.mean() - 1.0) < 5 * weight.std() / np.sqrt(len(weight))
 
 
 @pytest.mark.slow
@@ -189,8 +191,4 @@ def test_a_ring_may_be_read_from_any_place():
         np.testing.assert_allclose(a @ here.covariance() @ a.T, there.covariance(), atol=1e-5)
     q = model(event)
     x = q.sample(20_000, key=KEY)
-    narrow = Gaussian.from_covariance(q.mean(), 0.5 * q.covariance())
-    ratio = jax.vmap(narrow.log_prob)(x) - jax.vmap(q.log_prob)(x)
-    weight = np.exp(np.asarray(ratio, float))
-    assert abs(weight.mean() - 1.0) < 5 * weight.std() / np.sqrt(len(weight))
-    np.testing.assert_array_less(np.abs(x.mean(0) - q.mean()), 5 * x.std(0) / np.sqrt(len(x)))
+    check_draws(q, x)

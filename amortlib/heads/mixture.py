@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array as AnyArray
 from jaxtyping import ArrayLike, Float, Int
 
-from amortlib.gaussian import AbstractDistribution, GaussMarkov
+from amortlib.gaussian import AbstractDistribution, GaussMarkov, mixture_covariance
 from amortlib.heads.base import AbstractHead
 from amortlib.heads.regression import _small
 from amortlib.types import Array, Fixed, Key
@@ -89,9 +89,8 @@ class GaussianMixture(AbstractDistribution):
 
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance: that of the components, and that of their means."""
-        weight, off = jnp.exp(self.log_weight), self.part.loc - self.mean()
         within = self.of_each(lambda part: part.covariance())
-        return jnp.tensordot(weight, within, 1) + (off * weight[:, None]).T @ off
+        return mixture_covariance(jnp.exp(self.log_weight), self.part.loc, within)
 
     def sd(self) -> Float[Array, " d"]:
         """Standard deviation of each component of the state."""

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from amortlib.gaussian import AbstractDistribution
+from amortlib.gaussian import AbstractDistribution, mixture_covariance
 from amortlib.nested.ridge import HIGHEST, NestedLaplace
 from amortlib.types import Array, Key
 
@@ -115,8 +115,7 @@ class NestedMixture(AbstractDistribution):
         places = jnp.concatenate([places, self.beside.mean()[None]])
         within = jnp.concatenate([within, self.beside.covariance()[None]])
         weight = jnp.append((1.0 - self.share) * jnp.exp(self.log_weight), self.share)
-        off = places - self.mean()
-        return jnp.tensordot(weight, within, 1) + (off * weight[:, None]).T @ off
+        return mixture_covariance(weight, places, within)
 
     def sd(self) -> Float[Array, " d"]:
         """Standard deviation of each component."""
